@@ -1,0 +1,26 @@
+"""What a method file provides, and the table of methods.
+
+A method turns the files of an adapter into a `Program`. It honours each field of the config exactly as the
+method's reference library does, or refuses the adapter by the field's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from veneer.adapters.checkpoint import Checkpoint
+from veneer.adapters.program import Program, Site
+
+
+class Base(Protocol):
+    """What a method may ask about the resident base."""
+
+    @property
+    def sites(self) -> Mapping[str, Site]: ...
+
+
+class Method(Protocol):
+    """Lower a checkpoint to primitives, or raise `AdapterRefused`."""
+
+    def __call__(self, config: Mapping[str, Any], checkpoint: Checkpoint, base: Base) -> Program: ...

@@ -1,0 +1,211 @@
+"""What the HTTP process and the engine process say to each other.
+
+One msgspec struct per message, encoded as msgpack. Imports no torch: the HTTP process uses this file.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How to choose the next tokens of one sequence. Values are already validated by the server."""
+
+    max_tokens: int
+    temperature: float = 1.0  # 0 = greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = no limit
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    seed: int = 0  # always set; the server draws one when the request has none
+    min_tokens: int = 0
+    stop_token_ids: list[int] = []  # end the sequence; the stop token is part of the output tokens
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None: none; k: the chosen token and the k most likely
+
+
+# ---- HTTP -> engine -------------------------------------------------------------------------------
+
+
+class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Queue one sequence. Answered by `SequenceOutput`s until one has `finish_reason` or `error`."""
+
+    id: str
+    prompt: list[int]
+    sampling: SamplingParams
+    adapter: str | None = None  # content digest; None = the base
+    deadline: float | None = None  # seconds from receipt
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """Stop a sequence. No further output for `id` follows."""
+
+    id: str
+
+
+class CheckAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Lower the adapter in `folder` and keep the result under `digest`. Answered by `AdapterChecked`."""
+
+    call: str
+    folder: str
+    digest: str
+
+
+class DropAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Forget an adapter on host and device once no sequence uses it. Answered by `Done`."""
+
+    call: str
+    digest: str
+
+
+class PinAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Keep an adapter on the device (or stop keeping it). Answered by `Done`."""
+
+    call: str
+    digest: str
+    pinned: bool
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """End the engine process now. The server drains first."""
+
+
+Request = Generate | Cancel | CheckAdapter | DropAdapter | PinAdapter | Shutdown
+
+
+# ---- engine -> HTTP -------------------------------------------------------------------------------
+
+
+class WireError(msgspec.Struct, frozen=True):
+    """A `VeneerError` as plain values (see `veneer.errors.from_wire`)."""
+
+    status: int
+    code: str
+    message: str
+    param: str | None = None
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log probabilities at one output position, from the raw logits (before temperature and penalties)."""
+
+    logprob: float  # of the chosen token
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """New tokens of one sequence after one step."""
+
+    id: str
+    tokens: list[int] = []
+    logprobs: list[TokenLogprobs] = []  # one for each token when asked for
+    finish_reason: str | None = None  # "stop" | "length"
+    stop_token: int | None = None  # the token that ended the sequence, when one did
+    error: WireError | None = None
+    cached_tokens: int = 0  # prompt tokens served from the prefix cache
+
+
+class Outputs(msgspec.Struct, frozen=True, tag=True):
+    """Everything one step produced."""
+
+    items: list[SequenceOutput]
+
+
+class SiteInfo(msgspec.Struct, frozen=True, array_like=True):
+    """A linear layer of the base that adapters can target."""
+
+    name: str
+    in_features: int
+    out_features: int
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine serves with; shown by /health."""
+
+    model_type: str
+    device: str
+    device_name: str
+    dtype: str
+    quantization: str
+    kernels: str  # "triton" | "torch"
+    base_bytes: int  # resident weights of the base
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: list[int]
+    num_pages: int
+    page_size: int
+    max_loras: int
+    max_lora_rank: int
+    adapter_memory: int  # bytes of the device arena
+    host_adapter_memory: int
+    notes: list[str] = []  # fallbacks and limits that took effect, in words
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The base is loaded and requests can be served."""
+
+    info: EngineInfo
+
+
+class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What lowering an adapter found out."""
+
+    kind: str  # "lora"
+    primitives: list[str]  # ["low_rank", "bias"]
+    rank: int  # the largest rank over its sites
+    sites: int
+    bytes: int  # on the device, in the engine's dtype
+    base_model: str = ""  # what the config calls its base
+    effect: float | None = None  # largest change of a log probability of the probe prompt
+    warnings: list[str] = []
+
+
+class AdapterChecked(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    call: str
+    info: AdapterInfo | None = None
+    error: WireError | None = None
+
+
+class Done(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    call: str
+    error: WireError | None = None
+
+
+class AdapterStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One adapter's residency and lifetime counts."""
+
+    device: bool = False
+    host: bool = False
+    pinned: bool = False
+    running: int = 0
+    waiting: int = 0
+    loads: int = 0  # host -> device copies
+    evictions: int = 0  # device evictions
+
+
+class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A snapshot for /metrics, sent at most a few times a second. Totals count since engine start."""
+
+    running: int
+    waiting: int
+    pages_used: int
+    pages_total: int
+    steps: int
+    prefill_tokens: int
+    decode_tokens: int
+    prefix_hit_tokens: int
+    prefix_query_tokens: int
+    preemptions: int
+    adapters: dict[str, AdapterStats]
+    device_adapter_bytes: int
+    host_adapter_bytes: int
+
+
+Reply = Ready | Outputs | AdapterChecked | Done | Stats
+
+request_decoder = msgspec.msgpack.Decoder(Request)
+reply_decoder = msgspec.msgpack.Decoder(Reply)
+encoder = msgspec.msgpack.Encoder()
