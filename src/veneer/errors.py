@@ -2,7 +2,8 @@
 
     VeneerError
     ├── InvalidRequest        400  the request itself is wrong; `param` names the field
-    │   └── AdapterRefused    400  an adapter's files cannot be served exactly as they are
+    │   ├── AdapterRefused    400  an adapter's files cannot be served exactly as they are
+    │   └── StorageFull       400  the disk has no room for what was sent
     ├── Unauthorized          401
     ├── Forbidden             403
     ├── NotFound              404
@@ -10,8 +11,7 @@
     ├── TooLarge              413
     ├── QueueFull             429  `retry_after` seconds
     ├── DeadlineExceeded      504
-    ├── EngineUnavailable     503  the engine is starting, draining or dead
-    └── StorageFull           507  the disk has no room
+    └── EngineUnavailable     503  the engine is starting, draining or dead
 
 A message names the thing, shows the value, states the rule and says what to do.
 """
@@ -42,6 +42,10 @@ class InvalidRequest(VeneerError):
 
 class AdapterRefused(InvalidRequest):
     code = "adapter_refused"
+
+
+class StorageFull(InvalidRequest):
+    code = "storage_full"
 
 
 class Unauthorized(VeneerError):
@@ -96,12 +100,6 @@ class DeadlineExceeded(VeneerError):
     code = "deadline_exceeded"
 
 
-class StorageFull(VeneerError):
-    status = 507
-    type = "server_error"
-    code = "storage_full"
-
-
 _BY_STATUS: dict[int, type[VeneerError]] = {
     kind.status: kind
     for kind in (
@@ -113,7 +111,6 @@ _BY_STATUS: dict[int, type[VeneerError]] = {
         TooLarge,
         EngineUnavailable,
         DeadlineExceeded,
-        StorageFull,
     )
 }
 

@@ -60,3 +60,19 @@ class Program:
         if any(site.bias is not None for site in self.sites.values()):
             found.append("bias")
         return tuple(found)
+
+    @property
+    def is_identity(self) -> bool:
+        """True when no site can change the output: each product has a zero factor, each bias is zero."""
+        return not any(_acts(site) for site in self.sites.values())
+
+    @property
+    def num_elements(self) -> int:
+        """Numbers stored over all sites."""
+        return sum(t.numel() for s in self.sites.values() for t in (s.a, s.b, s.bias) if t is not None)
+
+
+def _acts(site: SiteProgram) -> bool:
+    if site.bias is not None and bool(site.bias.any()):
+        return True
+    return site.a is not None and site.b is not None and bool(site.a.any()) and bool(site.b.any())

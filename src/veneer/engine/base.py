@@ -1,0 +1,236 @@
+"""The resident base: transformers' own model, quantized once, its linear layers ready for adapters.
+
+What is proven: the architectures in `PROVEN`, by tests that compare greedy tokens with transformers' own
+`generate`. Anything else is refused by name.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+
+from veneer.adapters.program import Site
+from veneer.engine.layers import ATTENTION_NAME, AdaptedLinear, StepContext
+from veneer.errors import InvalidRequest
+
+logger = logging.getLogger(__name__)
+
+PROVEN = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3")
+QUANTIZATIONS = ("nf4", "int8", "none")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# These change their frequencies with the longest position of the whole batch, so beyond the original context
+# one request would change another's numbers.
+_BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+@dataclass
+class Base:
+    """The resident base model.
+
+    Attributes:
+        model: the transformers model, in eval mode, with `AdaptedLinear` at every site.
+        sites: every linear layer adapters can target, by module path, in table order.
+        context: the step tables that the layers read.
+        max_positions: the longest context the base supports, in tokens.
+        eos_token_ids: tokens that end a sequence.
+        notes: limits and fallbacks that took effect, in words.
+    """
+
+    model: Any
+    config: Any
+    sites: Mapping[str, Site]
+    context: StepContext
+    device: torch.device
+    dtype: torch.dtype
+    quantization: str
+    max_positions: int
+    eos_token_ids: tuple[int, ...]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return int(getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads)
+
+    @property
+    def head_dim(self) -> int:
+        explicit = getattr(self.config, "head_dim", None)
+        return int(explicit or self.config.hidden_size // self.config.num_attention_heads)
+
+    def memory_bytes(self) -> int:
+        """Bytes of all weights, each storage counted once."""
+        return sum(_storages(self.model).values())
+
+
+def resolve_device(name: str) -> torch.device:
+    """ "auto" is CUDA where there is a GPU, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidRequest(f"device {name!r}: no CUDA device is visible. Use --device cpu.", param="device")
+    return torch.device("cuda:0") if name == "cuda" else device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """ "auto" is bfloat16 on CUDA and float32 on the CPU (most CPUs compute bfloat16 in software)."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return _DTYPES[name]
+
+
+def load_base(folder: Path, *, quantization: str, dtype: torch.dtype, device: torch.device) -> Base:
+    """Load the model in `folder` once, quantized, and wrap its linear layers.
+
+    Raises:
+        InvalidRequest: the architecture is not proven, or its settings cannot be served exactly.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if config.model_type not in PROVEN:
+        raise InvalidRequest(
+            f"architecture {config.model_type!r} is not proven to be served exactly; "
+            f"served are: {', '.join(PROVEN)}. Choose a base of one of these.",
+            param="model",
+        )
+    model = _load_model(folder, config, quantization, dtype, device)
+    notes: list[str] = []
+    context = StepContext()
+    sites = _wrap(model, context)
+    return Base(
+        model=model,
+        config=model.config,
+        sites=sites,
+        context=context,
+        device=device,
+        dtype=dtype,
+        quantization=quantization,
+        max_positions=_max_positions(config, notes),
+        eos_token_ids=_eos_token_ids(folder, config),
+        notes=notes,
+    )
+
+
+def _load_model(
+    folder: Path, config: Any, quantization: str, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    model: nn.Module
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            quantization_config=quantization_config(quantization, dtype),
+            device_map={"": device} if quantization != "none" or device.type == "cuda" else None,
+            attn_implementation=ATTENTION_NAME,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    model.eval().requires_grad_(False)
+    gc.collect()  # the unquantized weights are garbage now; the base is resident once
+    return model
+
+
+def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """How transformers loads the base: bitsandbytes NF4 with double quantization, or LLM.int8."""
+    if quantization == "none":
+        return None
+    if quantization == "int8":
+        # Outlier decomposition picks its columns from the whole batch, so with it one request would change
+        # another's numbers. Threshold 0 quantizes each row of activations by itself.
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _wrap(model: nn.Module, context: StepContext) -> dict[str, Site]:
+    """Put an `AdaptedLinear` at each linear layer and hand the step tables to each attention module."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    sites = {}
+    for index, (name, module) in enumerate(linears):
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would repack the weight in place, after which it can no longer be dequantized
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        parent, _, attribute = name.rpartition(".")
+        adapted = AdaptedLinear(module, index, context, is_head=module is head)
+        setattr(model.get_submodule(parent), attribute, adapted)
+        sites[name] = Site(name, module.in_features, module.out_features)
+    for part in model.modules():
+        if hasattr(part, "layer_idx") and type(part).__name__.endswith("Attention"):
+            part.veneer_step = context  # type: ignore[assignment]
+    return sites
+
+
+def _max_positions(config: Any, notes: list[str]) -> int:
+    positions = int(config.max_position_embeddings)
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in _rope_settings(rope):
+        kind = parameters.get("rope_type", "default")
+        if kind in _BATCH_DEPENDENT_ROPE:
+            original = parameters.get("original_max_position_embeddings")
+            original = original or getattr(config, "original_max_position_embeddings", None) or positions
+            if original < positions:
+                notes.append(
+                    f"context limited to {original} of {positions} tokens: rope type {kind!r} beyond it "
+                    "depends on the longest request of the batch"
+                )
+                positions = int(original)
+    return positions
+
+
+def _rope_settings(rope: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The RoPE parameters of a config: one set, or one for each kind of layer."""
+    if "rope_type" in rope:
+        yield rope
+    else:
+        yield from (value for value in rope.values() if isinstance(value, dict))
+
+
+def _eos_token_ids(folder: Path, config: Any) -> tuple[int, ...]:
+    source = config
+    if (folder / "generation_config.json").exists():
+        source = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    eos = source.eos_token_id
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list) else (int(eos),)
+
+
+def _storages(model: nn.Module) -> dict[int, int]:
+    """Bytes by storage address of every parameter, buffer and quantization state of the model."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for parameter in model.parameters():
+        tensors += _quantization_tensors(getattr(parameter, "quant_state", None))
+        tensors += [
+            t for name in ("CB", "SCB") if isinstance(t := getattr(parameter, name, None), torch.Tensor)
+        ]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+def _quantization_tensors(state: Any) -> list[torch.Tensor]:
+    if state is None:
+        return []
+    own = [
+        t
+        for name in ("absmax", "code", "offset")
+        if isinstance(t := getattr(state, name, None), torch.Tensor)
+    ]
+    return own + _quantization_tensors(getattr(state, "state2", None))

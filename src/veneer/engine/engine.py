@@ -1,0 +1,338 @@
+"""The engine: base, adapters, scheduler and runner behind `handle` (a message) and `step` (one forward).
+
+Not here: processes and sockets (process.py), policy (scheduler.py), tensors (runner.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+
+import msgspec
+import torch
+
+from veneer.adapters.program import Program
+from veneer.adapters.registry import lower
+from veneer.adapters.residency import Residency
+from veneer.engine import messages
+from veneer.engine.base import load_base, resolve_device, resolve_dtype
+from veneer.engine.config import GIB, EngineConfig
+from veneer.engine.messages import AdapterChecked, AdapterInfo, Done, SequenceOutput, WireError
+from veneer.engine.pages import PagePool
+from veneer.engine.probe import EffectProbe
+from veneer.engine.runner import Runner, kv_page_bytes
+from veneer.engine.scheduler import Batch, Scheduler
+from veneer.engine.sequence import Sequence
+from veneer.errors import DeadlineExceeded, VeneerError
+from veneer.kernels.backend import resolve
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """One resident base with any number of adapters. All methods are called from one thread."""
+
+    def __init__(self, config: EngineConfig, *, wake: Callable[[], None] = lambda: None) -> None:
+        """Load the base. `wake` is called from another thread when `step` has news to look at."""
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        device = resolve_device(config.device)
+        self.config = config
+        self.base = load_base(
+            Path(config.model),
+            quantization=config.quantization,
+            dtype=resolve_dtype(config.dtype, device),
+            device=device,
+        )
+        self.residency = Residency(
+            Path(config.store),
+            self.base,
+            device=device,
+            dtype=self.base.dtype,
+            max_loras=config.max_loras,
+            max_lora_rank=config.max_lora_rank,
+            arena_bytes=config.adapter_memory or _default_arena(device),
+            host_bytes=config.host_adapter_memory or _default_host_cache(device),
+            wake=wake,
+            load=lambda folder: lower(folder, self.base, config.max_lora_rank),
+        )
+        num_pages = self._num_pages()
+        self.max_model_len = self._max_model_len(num_pages)
+        max_rows = config.max_num_batched_tokens or (8192 if device.type == "cuda" else 512)
+        self.runner = Runner(
+            self.base,
+            self.residency,
+            num_pages=num_pages,
+            page_size=config.page_size,
+            max_rows=max_rows,
+            max_rank=config.max_lora_rank,
+        )
+        self.pool = PagePool(num_pages, config.page_size, config.prefix_caching)
+        self.scheduler = Scheduler(
+            self.pool,
+            self.residency,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=max_rows,
+            max_queue=config.max_queue,
+            slot_patience=config.slot_patience,
+            max_model_len=self.max_model_len,
+            clock=time.monotonic,
+        )
+        self.steps = self.prefill_tokens = self.decode_tokens = 0
+        self._probe = EffectProbe(self.base.model.config.vocab_size)
+        self._checks: dict[str, tuple[str, Future[Program]]] = {}  # call -> (digest, lowering)
+        self._drops: dict[str, Future[None]] = {}  # call -> drop
+
+    def close(self) -> None:
+        self.residency.close()
+
+    # ---- messages -------------------------------------------------------------------------------
+
+    def handle(self, request: messages.Request) -> list[messages.Reply]:
+        """Take one message; returns what can be answered at once."""
+        try:
+            match request:
+                case messages.Generate():
+                    self._submit(request)
+                case messages.Cancel(id=identifier):
+                    self.scheduler.cancel(identifier)
+                case messages.CheckAdapter(call=call, folder=folder, digest=digest):
+                    self._checks[call] = (digest, self.residency.check(Path(folder), digest))
+                case messages.DropAdapter(call=call, digest=digest):
+                    self.pool.forget(digest)
+                    self._drops[call] = self.residency.drop(digest)
+                case messages.PinAdapter(call=call, digest=digest, pinned=pinned):
+                    self.residency.pin(digest, pinned)
+                    return [Done(call=call)]
+                case messages.Shutdown():
+                    raise SystemExit(0)
+        except VeneerError as error:
+            return [_refusal(request, error)]
+        return []
+
+    def _submit(self, request: messages.Generate) -> None:
+        now = time.monotonic()
+        self.scheduler.add(
+            Sequence(
+                id=request.id,
+                tokens=list(request.prompt),
+                sampling=request.sampling,
+                adapter=request.adapter,
+                arrival=now,
+                deadline=None if request.deadline is None else now + request.deadline,
+            )
+        )
+
+    # ---- steps ----------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def step(self) -> tuple[list[messages.Reply], bool]:
+        """Poll the adapters, plan, run, apply. Returns the replies and whether a forward ran."""
+        items = self._failures()
+        batch = self.scheduler.schedule()
+        if batch.items:
+            items += self._run(batch)
+        self._probe.observe(items)
+        replies: list[messages.Reply] = self._finished_calls()
+        visible = [item for item in items if not self._probe.owns(item.id)]
+        if visible:
+            replies.append(messages.Outputs(visible))
+        return replies, bool(batch.items)
+
+    def _failures(self) -> list[SequenceOutput]:
+        items = []
+        for digest, error in self.residency.poll():
+            for sequence in self.scheduler.fail_adapter(digest):
+                items.append(SequenceOutput(id=sequence.id, error=to_wire(error)))
+        for sequence in self.scheduler.expired():
+            error = DeadlineExceeded(
+                f"the request's deadline passed after {len(sequence.tokens) - sequence.num_prompt_tokens} "
+                "generated tokens; allow more time or ask for fewer tokens"
+            )
+            items.append(SequenceOutput(id=sequence.id, error=to_wire(error)))
+        return items
+
+    def _run(self, batch: Batch) -> list[SequenceOutput]:
+        results = self.runner.run(batch)
+        self.steps += 1
+        for item in batch.items:
+            if item.count == 1 and item.samples:
+                self.decode_tokens += 1
+            else:
+                self.prefill_tokens += item.count
+        self.scheduler.commit(batch, {name: token for name, (token, _) in results.items()})
+        outputs = []
+        for item in batch.items:
+            if not item.samples:
+                continue
+            sequence = item.sequence
+            token, logprobs = results[sequence.id]
+            reason, stop_token = self._finish_reason(sequence, token)
+            if reason:
+                self.scheduler.finish(sequence)
+            outputs.append(
+                SequenceOutput(
+                    id=sequence.id,
+                    tokens=[token],
+                    logprobs=[] if logprobs is None else [logprobs],
+                    finish_reason=reason,
+                    stop_token=stop_token,
+                    cached_tokens=sequence.num_cached,
+                )
+            )
+        return outputs
+
+    def _finish_reason(self, sequence: Sequence, token: int) -> tuple[str | None, int | None]:
+        p = sequence.sampling
+        generated = len(sequence.tokens) - sequence.num_prompt_tokens
+        if generated >= p.min_tokens and (
+            token in p.stop_token_ids or (not p.ignore_eos and token in self.base.eos_token_ids)
+        ):
+            return "stop", token
+        if generated >= p.max_tokens or len(sequence.tokens) >= self.max_model_len:
+            return "length", None
+        return None, None
+
+    # ---- adapters -------------------------------------------------------------------------------
+
+    def _finished_calls(self) -> list[messages.Reply]:
+        """Answers to checks and drops that ended since the last step."""
+        replies: list[messages.Reply] = []
+        for call, (digest, future) in list(self._checks.items()):
+            if not future.done():
+                continue
+            try:
+                program = future.result()
+                if self._probe.start(call, digest):
+                    for request in self._probe.requests(call, digest):
+                        self._submit(request)
+                elif self._probe.done(call):
+                    effect = self._probe.take(call)
+                    replies.append(AdapterChecked(call=call, info=self._describe(program, effect)))
+                    del self._checks[call]
+            except VeneerError as error:
+                self._probe.discard(call)
+                replies.append(AdapterChecked(call=call, error=to_wire(error)))
+                del self._checks[call]
+        for call, drop in list(self._drops.items()):
+            if drop.done():
+                replies.append(Done(call=call))
+                del self._drops[call]
+        return replies
+
+    def _describe(self, program: Program, effect: float) -> AdapterInfo:
+        warnings = list(program.warnings)
+        if program.is_identity:
+            warnings.append("the adapter changes nothing: its low-rank products and biases are all zero")
+        return AdapterInfo(
+            kind=program.kind,
+            primitives=list(program.primitives),
+            rank=program.rank,
+            sites=len(program.sites),
+            bytes=program.num_elements * self.base.dtype.itemsize,
+            base_model=program.base_model,
+            effect=effect,
+            warnings=warnings,
+        )
+
+    # ---- sizes ----------------------------------------------------------------------------------
+
+    def _num_pages(self) -> int:
+        page = kv_page_bytes(self.base, self.config.page_size)
+        budget = self.config.kv_cache_memory
+        if budget is None:
+            budget = GIB
+            if self.base.device.type == "cuda":
+                free, _ = torch.cuda.mem_get_info(self.base.device)
+                budget = int(free * 0.9)  # the rest is for activations
+        if budget < page:
+            raise ValueError(f"--kv-cache-memory {budget} bytes hold no page; one page is {page} bytes")
+        return int(budget // page)
+
+    def _max_model_len(self, num_pages: int) -> int:
+        wanted = self.config.max_model_len or self.base.max_positions
+        room = num_pages * self.config.page_size
+        for limit, what in ((self.base.max_positions, "the base's positions"), (room, "the KV cache")):
+            if wanted > limit:
+                self.base.notes.append(f"context limited to {limit} tokens by {what}, {wanted} wanted")
+                wanted = limit
+        return wanted
+
+    # ---- reports --------------------------------------------------------------------------------
+
+    def info(self) -> messages.EngineInfo:
+        device = self.base.device
+        backend = resolve(device)
+        cuda = device.type == "cuda"
+        return messages.EngineInfo(
+            model_type=self.base.config.model_type,
+            device=str(device),
+            device_name=torch.cuda.get_device_name(device) if cuda else "cpu",
+            dtype=str(self.base.dtype).removeprefix("torch."),
+            quantization=self.base.quantization,
+            kernels=backend.name,
+            base_bytes=self.base.memory_bytes(),
+            vocab_size=self.base.config.vocab_size,
+            max_model_len=self.max_model_len,
+            eos_token_ids=list(self.base.eos_token_ids),
+            num_pages=self.pool.num_pages,
+            page_size=self.config.page_size,
+            max_loras=self.config.max_loras,
+            max_lora_rank=self.config.max_lora_rank,
+            adapter_memory=self.residency.arena_bytes,
+            host_adapter_memory=self.residency.host_budget,
+            notes=[*self.base.notes, f"kernels: {backend.reason}"],
+        )
+
+    def stats(self) -> messages.Stats:
+        scheduler = self.scheduler
+        adapters = self.residency.stats()
+        for digest, (running, waiting) in scheduler.adapter_counts().items():
+            entry = adapters.get(digest, messages.AdapterStats())
+            adapters[digest] = msgspec.structs.replace(entry, running=running, waiting=waiting)
+        return messages.Stats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            pages_used=self.pool.used,
+            pages_total=self.pool.num_pages,
+            steps=self.steps,
+            prefill_tokens=self.prefill_tokens,
+            decode_tokens=self.decode_tokens,
+            prefix_hit_tokens=self.pool.hit_tokens,
+            prefix_query_tokens=self.pool.query_tokens,
+            preemptions=scheduler.preemptions,
+            adapters=adapters,
+            device_adapter_bytes=self.residency.device_bytes,
+            host_adapter_bytes=self.residency.host_bytes,
+        )
+
+
+def to_wire(error: VeneerError) -> WireError:
+    return WireError(error.status, error.code, error.message, error.param)
+
+
+def _refusal(request: messages.Request, error: VeneerError) -> messages.Reply:
+    wire = to_wire(error)
+    match request:
+        case messages.Generate(id=identifier):
+            return messages.Outputs([SequenceOutput(id=identifier, error=wire)])
+        case messages.CheckAdapter(call=call):
+            return AdapterChecked(call=call, error=wire)
+        case messages.DropAdapter(call=call) | messages.PinAdapter(call=call):
+            return Done(call=call, error=wire)
+        case _:
+            raise error
+
+
+def _default_arena(device: torch.device) -> int:
+    return 4 * GIB if device.type == "cuda" else GIB // 2
+
+
+def _default_host_cache(device: torch.device) -> int:
+    return 8 * GIB if device.type == "cuda" else GIB

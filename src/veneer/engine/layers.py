@@ -1,0 +1,104 @@
+"""The two places where requests differ inside the base's forward pass: linear layers and attention.
+
+The base stays transformers' own model. Its linear layers are wrapped by `AdaptedLinear`, its attention goes
+through `paged_attention_forward` (registered with transformers' AttentionInterface). Both read the step's
+tables from one `StepContext`, which the runner fills before each forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from veneer.kernels.attention import PagedBatch, paged_attention, write_kv
+from veneer.kernels.low_rank import Workspace, low_rank
+from veneer.kernels.tables import AdapterTables, RowTiles
+
+ATTENTION_NAME = "veneer_paged"
+
+
+@dataclass
+class StepContext:
+    """What the layers need to know of the current step. One per base; its tensors are static on CUDA."""
+
+    tables: AdapterTables | None = None
+    rows: RowTiles | None = None  # rows of the hidden states
+    head_rows: RowTiles | None = None  # rows of the output head (one for each sampled sequence)
+    workspace: Workspace | None = None
+    kv_cache: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # by layer
+    batch: PagedBatch | None = None
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer of the base, plus each row's own adapter.
+
+    Attributes:
+        base: the layer as loaded (nn.Linear, or bitsandbytes' 4- or 8-bit layer); y = W0 x + b.
+        site: its index in `Base.sites`, which is its row in the adapter tables.
+    """
+
+    def __init__(self, base: nn.Module, site: int, context: StepContext, *, is_head: bool) -> None:
+        super().__init__()
+        self.base = base
+        self.site = site
+        self.is_head = is_head
+        self.step = context
+
+    @property
+    def weight(self) -> Any:
+        return self.base.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.base(x)
+        rows = self.step.head_rows if self.is_head else self.step.rows
+        if rows is not None and rows.count:
+            assert self.step.tables is not None  # the runner sets all three
+            assert self.step.workspace is not None
+            low_rank(
+                x.reshape(-1, x.shape[-1]),
+                y.view(-1, y.shape[-1]),
+                self.step.tables,
+                rows,
+                self.site,
+                self.step.workspace,
+            )
+        return y
+
+
+def paged_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of a packed ragged batch over the paged KV cache.
+
+    query: [1, heads, tokens, head_dim]; key, value: [1, kv_heads, tokens, head_dim], after RoPE.
+    Returns [1, tokens, heads, head_dim]. The mask is implied by the step's tables.
+    """
+    step: StepContext = module.veneer_step  # type: ignore[assignment]
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    assert step.batch is not None
+    k_cache, v_cache = step.kv_cache[layer]
+    write_kv(_rows(key), _rows(value), k_cache, v_cache, step.batch.slot_mapping)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    out = paged_attention(_rows(query), k_cache, v_cache, step.batch, scale, sliding_window, softcap)
+    return out.unsqueeze(0), None
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[1, heads, tokens, head_dim] -> contiguous [tokens, heads, head_dim]."""
+    return x.squeeze(0).transpose(0, 1).contiguous()
+
+
+AttentionInterface.register(ATTENTION_NAME, paged_attention_forward)

@@ -1,0 +1,135 @@
+"""Sampling against definitions written out in plain Python, and its independence of the batch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from veneer.engine.messages import SamplingParams
+from veneer.engine.sampling import SamplingRow, sample, uniform
+
+VOCABULARY = 50
+
+
+def row(*, prompt: list[int] | None = None, output: list[int] | None = None, **params: Any) -> SamplingRow:
+    return SamplingRow(SamplingParams(max_tokens=8, **params), prompt or [], output or [])
+
+
+def random_logits(rows: int) -> torch.Tensor:
+    return torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(3)) * 3
+
+
+def draws(logits: torch.Tensor, count: int = 4000, **params: Any) -> torch.Tensor:
+    rows = [row(seed=seed, **params) for seed in range(count)]
+    tokens = sample(logits.expand(count, -1), rows).tokens
+    return torch.bincount(torch.tensor(tokens), minlength=VOCABULARY) / count
+
+
+def test_uniform_is_uniform_and_distinct() -> None:
+    values = [uniform(seed, position) for seed in range(100) for position in range(100)]
+    assert all(0 <= v < 1 for v in values)
+    assert len(set(values)) == len(values)
+    counts = torch.histc(torch.tensor(values), bins=10, min=0, max=1)
+    assert (counts - 1000).abs().max() < 150
+
+
+def test_greedy_takes_the_largest() -> None:
+    logits = random_logits(5)
+    assert sample(logits, [row(temperature=0.0)] * 5).tokens == logits.argmax(-1).tolist()
+
+
+def test_frequencies_follow_the_distribution() -> None:
+    logits = random_logits(1)[0]
+    expected = torch.softmax(logits / 1.5, -1)
+    assert (draws(logits, temperature=1.5) - expected).abs().max() < 0.03
+
+
+@pytest.mark.parametrize(
+    ("params", "allowed"),
+    [
+        ({"top_k": 3}, lambda p: p >= p.sort(descending=True).values[2]),
+        ({"min_p": 0.3}, lambda p: p >= 0.3 * p.max()),
+        ({"top_p": 0.7}, lambda p: _nucleus(p, 0.7)),
+        ({"top_k": 5, "top_p": 0.9}, lambda p: _nucleus(_renormalized_top(p, 5), 0.9)),
+    ],
+)
+def test_filters_keep_exactly_what_they_say(params: dict[str, Any], allowed: Any) -> None:
+    logits = random_logits(1)[0]
+    probs = torch.softmax(logits.double(), -1)
+    mask = allowed(probs)
+    kept = torch.where(mask, probs, 0.0)
+    found = draws(logits, **params)
+    assert not found[~mask].any()
+    assert (found - kept / kept.sum()).abs().max() < 0.03
+
+
+def _renormalized_top(p: torch.Tensor, k: int) -> torch.Tensor:
+    kept = torch.where(p >= p.sort(descending=True).values[k - 1], p, 0.0)
+    return kept / kept.sum()
+
+
+def _nucleus(p: torch.Tensor, mass: float) -> torch.Tensor:
+    mask = torch.zeros_like(p, dtype=torch.bool)
+    total = 0.0
+    for index in p.argsort(descending=True).tolist():
+        if total >= mass:
+            break
+        mask[index] = True
+        total += p[index].item()
+    return mask
+
+
+def test_same_tokens_whatever_else_is_in_the_batch() -> None:
+    logits = random_logits(6)
+    rows = [
+        row(seed=1),
+        row(seed=2, top_k=4),
+        row(temperature=0.0),
+        row(seed=3, top_p=0.8, min_p=0.01),
+        row(seed=4, repetition_penalty=1.3, prompt=[1, 2], output=[3]),
+        row(seed=5, logit_bias={7: 2.0}),
+    ]
+    together = sample(logits, rows).tokens
+    assert together == [sample(logits[i : i + 1], [rows[i]]).tokens[0] for i in range(6)]
+    assert together[::-1] == sample(logits.flip(0), rows[::-1]).tokens
+
+
+def test_penalties_and_bias() -> None:
+    logits = torch.zeros(1, VOCABULARY)
+    logits[0, :4] = torch.tensor([2.0, 1.9, -1.0, 1.8])
+    assert sample(logits, [row(temperature=0.0, output=[0], presence_penalty=0.15)]).tokens == [1]
+    assert sample(logits, [row(temperature=0.0, output=[0, 1, 1], frequency_penalty=0.15)]).tokens == [0]
+    assert sample(logits, [row(temperature=0.0, prompt=[0, 1], repetition_penalty=1.2)]).tokens == [3]
+    # a negative logit becomes more negative under a repetition penalty
+    low = torch.full((1, VOCABULARY), -2.0)
+    low[0, 0], low[0, 1] = -1.0, -1.5
+    assert sample(low, [row(temperature=0.0, output=[0], repetition_penalty=2.0)]).tokens == [1]
+    assert sample(logits, [row(temperature=0.0, logit_bias={9: 100.0})]).tokens == [9]
+    biased = sample(logits, [row(temperature=0.0, logit_bias={0: -100.0})])
+    assert biased.tokens == [1]
+
+
+def test_forbidden_tokens_are_never_chosen() -> None:
+    logits = torch.zeros(1, VOCABULARY)
+    logits[0, 5] = 50.0
+    free = SamplingRow(SamplingParams(max_tokens=1, temperature=0.0), [], [], forbidden=[5])
+    assert sample(logits, [free]).tokens != [5]
+
+
+def test_logprobs_are_of_the_raw_logits() -> None:
+    logits = random_logits(3)
+    rows = [row(seed=9, temperature=0.3, logprobs=4), row(seed=9), row(temperature=0.0, logprobs=0)]
+    result = sample(logits, rows)
+    first, none, zero = result.logprobs
+    assert none is None
+    assert first is not None
+    assert zero is not None
+    expected = torch.log_softmax(logits[0], -1)
+    assert math.isclose(first.logprob, expected[result.tokens[0]].item(), abs_tol=1e-5)
+    values, ids = expected.topk(4)
+    assert first.top_ids == ids.tolist()
+    assert first.top_logprobs == pytest.approx(values.tolist(), abs=1e-5)
+    assert (zero.top_ids, zero.top_logprobs) == ([], [])
