@@ -62,7 +62,7 @@ def make_work(vocabulary: int, seed: int = 0) -> list[Work]:
     generator = random.Random(seed)
 
     def length(low: int, high: int) -> int:
-        return int(round(low * (high / low) ** generator.random()))
+        return round(float(low * (high / low) ** generator.random()))
 
     return [
         Work(
@@ -80,8 +80,8 @@ def make_adapters(folder: Path, model: Path) -> list[Path]:
     from transformers import AutoModelForCausalLM
 
     made = []
+    base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     for index, rank in enumerate(ADAPTER_RANKS):
-        base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
         adapted = get_peft_model(base, config)
         torch.manual_seed(index)
@@ -90,6 +90,7 @@ def make_adapters(folder: Path, model: Path) -> list[Path]:
                 parameter.data.normal_(0, 0.02)
         made.append(folder / f"adapter-{index}")
         adapted.save_pretrained(made[-1])
+        base = adapted.unload()
     return made
 
 

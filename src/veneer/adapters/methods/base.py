@@ -1,13 +1,14 @@
-"""What a method file provides, and the table of methods.
+"""What a method file provides.
 
 A method turns the files of an adapter into a `Program`. It honours each field of the config exactly as the
-method's reference library does, or refuses the adapter by the field's name.
+method's reference library does, or refuses the adapter by the field's name. The table of methods is
+`veneer.adapters.registry`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from veneer.adapters.checkpoint import Checkpoint
 from veneer.adapters.program import Program, Site
@@ -21,6 +22,6 @@ class Base(Protocol):
 
 
 class Method(Protocol):
-    """Lower a checkpoint to primitives, or raise `AdapterRefused`."""
+    """Lower a checkpoint to primitives of at most `max_rank`, or raise `AdapterRefused`."""
 
-    def __call__(self, config: Mapping[str, Any], checkpoint: Checkpoint, base: Base) -> Program: ...
+    def __call__(self, checkpoint: Checkpoint, base: Base, max_rank: int) -> Program: ...

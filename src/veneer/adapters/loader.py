@@ -1,0 +1,235 @@
+"""The thread that brings adapters from disk to host memory and from there into the arena.
+
+It decides nothing about the device: residency.py, on the step's thread, says which adapter goes where.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from queue import Empty, PriorityQueue
+from typing import Any, TypeVar
+
+import torch
+
+from veneer.adapters.packing import PackedAdapter, pack, packed_size
+from veneer.adapters.program import Program, Site
+from veneer.adapters.slots import Place
+from veneer.errors import AdapterRefused, EngineUnavailable, NotFound, VeneerError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# Copies first: one holds its slot already and is short, while lowering a large upload may take seconds.
+STOP, COPY, READ = range(3)
+
+
+class HostCache:
+    """Packed adapters in host memory, least recently used out first. Safe to use from any thread."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget  # bytes
+        self.bytes = 0
+        self._packed: OrderedDict[str, PackedAdapter] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, digest: str) -> PackedAdapter | None:
+        with self._lock:
+            if digest in self._packed:
+                self._packed.move_to_end(digest)
+            return self._packed.get(digest)
+
+    def put(self, digest: str, packed: PackedAdapter) -> None:
+        """Keep an adapter even when it alone is over the budget; `trim` lets go of it after its copy."""
+        with self._lock:
+            self._remove(digest)
+            self._packed[digest] = packed
+            self.bytes += packed.host_bytes
+            self._trim(spare=1)
+
+    def trim(self) -> None:
+        """Return to the budget."""
+        with self._lock:
+            self._trim(spare=0)
+
+    def remove(self, digest: str) -> None:
+        with self._lock:
+            self._remove(digest)
+
+    def digests(self) -> frozenset[str]:
+        with self._lock:
+            return frozenset(self._packed)
+
+    def _trim(self, spare: int) -> None:
+        while self.bytes > self.budget and len(self._packed) > spare:
+            self._remove(next(iter(self._packed)))
+
+    def _remove(self, digest: str) -> None:
+        packed = self._packed.pop(digest, None)
+        if packed is not None:
+            self.bytes -= packed.host_bytes
+
+
+class Loader:
+    """One thread, and the jobs it does in order. Each job's future ends with a value or a `VeneerError`."""
+
+    def __init__(
+        self,
+        blobs: Path,
+        sites: Sequence[Site],
+        arena: torch.Tensor,
+        *,
+        max_lora_rank: int,
+        host_budget: int,
+        wake: Callable[[], None],
+        load: Callable[[Path], Program],
+    ) -> None:
+        self.cache = HostCache(host_budget)
+        self._blobs = blobs
+        self._sites = sites
+        self._arena = arena
+        self._max_lora_rank = max_lora_rank
+        self._wake = wake
+        self._load = load
+        self._staged: dict[str, Path] = {}  # where a checked adapter lies until the store commits it
+        self._stream = torch.cuda.Stream(arena.device) if arena.is_cuda else None  # type: ignore[no-untyped-call]
+        self._jobs: PriorityQueue[tuple[int, int, Callable[[], Any], Future[Any]]] = PriorityQueue()
+        self._order = count()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="adapter-loader", daemon=True)
+        self._thread.start()
+
+    # ---- called from the step's thread: each returns at once -------------------------------------
+
+    def check(self, folder: Path, digest: str) -> Future[Program]:
+        """Lower a folder and keep the result under the digest."""
+        return self._submit(READ, lambda: self._check(folder, digest), Future())
+
+    def read(self, digest: str) -> Future[int]:
+        """Bring an adapter into host memory. The result is its size in elements."""
+        return self._submit(READ, lambda: self._packed(digest).size, Future())
+
+    def copy(self, digest: str, place: Place, after: torch.cuda.Event | None) -> Future[torch.Tensor]:
+        """Write an adapter into its range of the arena, once `after` has passed on the compute stream.
+
+        The result is the adapter's entries, int64 [sites, 4]; when it is there the copy has completed.
+        """
+        return self._submit(COPY, lambda: self._copy(digest, place, after), Future())
+
+    def forget(self, digest: str, future: Future[None]) -> None:
+        """Let go of an adapter, after the checks and reads that were asked for before; then end `future`."""
+        self._submit(READ, lambda: self._forget(digest), future)
+
+    def close(self) -> None:
+        """End the thread. Jobs not begun fail; one that hangs is left to its thread, which is a daemon."""
+        self._closed = True
+        with suppress(Empty):
+            while True:
+                _, _, _, future = self._jobs.get_nowait()
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(_closing())
+        self._jobs.put((STOP, next(self._order), lambda: None, Future()))
+        self._thread.join(timeout=5)
+
+    def _submit(self, priority: int, work: Callable[[], T], future: Future[T]) -> Future[T]:
+        # A callback runs when the result is there to be seen, and one that raises is only logged.
+        future.add_done_callback(lambda _: self._wake())
+        if self._closed:
+            future.set_exception(_closing())
+        else:
+            self._jobs.put((priority, next(self._order), work, future))
+        return future
+
+    # ---- on the loader's thread -----------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            priority, _, work, future = self._jobs.get()
+            if priority == STOP:
+                return
+            with torch.no_grad():
+                _finish(future, work)
+
+    def _check(self, folder: Path, digest: str) -> Program:
+        program = self._load(folder)
+        self.cache.put(digest, self._pack(program, digest))
+        self._staged[digest] = folder
+        self.cache.trim()
+        return program
+
+    def _packed(self, digest: str) -> PackedAdapter:
+        packed = self.cache.get(digest)
+        if packed is None:
+            packed = self._pack(self._load(self._folder(digest)), digest)
+            self.cache.put(digest, packed)
+        return packed
+
+    def _folder(self, digest: str) -> Path:
+        stored = self._blobs / digest
+        if stored.is_dir():
+            self._staged.pop(digest, None)
+            return stored
+        staged = self._staged.get(digest)
+        if staged is None or not staged.is_dir():
+            raise NotFound(f"adapter {digest} is not in the store; upload it again")
+        return staged
+
+    def _pack(self, program: Program, digest: str) -> PackedAdapter:
+        if program.rank > self._max_lora_rank:
+            raise AdapterRefused(
+                f"adapter {digest} has rank {program.rank} and --max-lora-rank is {self._max_lora_rank}; "
+                "restart the server with a higher limit to serve it"
+            )
+        size, item = packed_size(program), self._arena.dtype.itemsize
+        if size > self._arena.numel():
+            raise AdapterRefused(
+                f"adapter {digest} needs {size * item} bytes on the device and --adapter-memory holds "
+                f"{self._arena.numel() * item}; restart the server with more to serve it"
+            )
+        return pack(program, self._sites, self._arena.dtype, pin=self._arena.is_cuda)
+
+    def _copy(self, digest: str, place: Place, after: torch.cuda.Event | None) -> torch.Tensor:
+        packed = self._packed(digest)
+        target = self._arena[place.start : place.start + place.size]
+        if self._stream is None:
+            target.copy_(packed.blob)
+        else:
+            # A blocking event lets this thread sleep; spinning would take the interpreter from the steps.
+            copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            with torch.cuda.stream(self._stream):
+                if after is not None:
+                    self._stream.wait_event(after)
+                target.copy_(packed.blob, non_blocking=True)
+                copied.record(self._stream)
+            copied.synchronize()
+        self.cache.trim()
+        return packed.entries_at(place.start)
+
+    def _forget(self, digest: str) -> None:
+        self.cache.remove(digest)
+        self._staged.pop(digest, None)
+
+
+def _finish(future: Future[T], work: Callable[[], T]) -> None:
+    """Do a job. Nothing it raises ends the thread."""
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(work())
+    except VeneerError as error:
+        future.set_exception(error)
+    except Exception as error:
+        logger.exception("an adapter could not be loaded")
+        future.set_exception(
+            VeneerError(f"the adapter could not be loaded: {type(error).__name__}; the server's log has more")
+        )
+
+
+def _closing() -> EngineUnavailable:
+    return EngineUnavailable("the engine is shutting down; try again when it is back")

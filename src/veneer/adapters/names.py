@@ -1,0 +1,79 @@
+"""Names: what an adapter may be called, how a request's `model` selects one, and an adapter's two files.
+
+Imports no torch: the HTTP process uses this file.
+
+    name          [A-Za-z0-9][A-Za-z0-9._/-]*, at most 128 characters, no empty, "." or ".." between slashes
+    model field   NAME | NAME@VERSION | BASE | BASE:NAME | BASE:NAME@VERSION      (BASE: the served name)
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from veneer.errors import InvalidRequest, NotFound
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_LIMIT = 1 << 20  # bytes
+
+NAME_LIMIT = 128  # characters
+_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._/-]{{0,{NAME_LIMIT - 1}}}")
+_VERSION = re.compile(r"[1-9][0-9]{0,8}")
+_RULE = (
+    f"A name starts with a letter or digit, goes on with letters, digits and . _ / - up to {NAME_LIMIT} "
+    "characters, and has no empty part, '.' or '..' between slashes"
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """The request asks for the base without an adapter."""
+
+
+class Selector(NamedTuple):
+    """The request asks for an adapter."""
+
+    name: str
+    version: int | None = None  # None: the version the name points to now
+
+
+def is_name(text: str) -> bool:
+    """Whether `text` can be the name of an adapter."""
+    return _NAME.fullmatch(text) is not None and not {"", ".", ".."} & set(text.split("/"))
+
+
+def check_name(text: str, *, param: str = "name") -> str:
+    """Return `text` if it can be the name of an adapter.
+
+    Raises:
+        InvalidRequest: it cannot; `param` is the request's field.
+    """
+    if not is_name(text):
+        raise InvalidRequest(f"{text[:200]!r} cannot be an adapter's name. {_RULE}.", param=param)
+    return text
+
+
+def parse_selector(model: str, served_name: str) -> Base | Selector:
+    """What the `model` field of a request selects, when the base is served as `served_name`.
+
+    Raises:
+        NotFound: the text cannot name anything, so no model has it (`model_not_found`, as OpenAI answers).
+    """
+    if model == served_name:
+        return Base()
+    name, at, version = model.removeprefix(f"{served_name}:").partition("@")
+    if not is_name(name):
+        raise _unknown(model, f"{_RULE}; before it may stand '{served_name}:', after it '@' and a version")
+    if at and not _VERSION.fullmatch(version):
+        raise _unknown(model, "After '@' stands the version, a whole number from 1")
+    return Selector(name, int(version) if at else None)
+
+
+def _unknown(model: str, rule: str) -> NotFound:
+    return NotFound(
+        f"The model {model[:200]!r} does not exist. {rule}. GET /v1/models lists what is served.",
+        param="model",
+        code="model_not_found",
+    )

@@ -1,0 +1,91 @@
+"""The places that adapters take on the device: a slot of the tables and a range of the arena.
+
+Changes to the tables are queued on the current CUDA stream, which is the one that steps run on: a step that
+was launched before still sees the adapters it was launched with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+from veneer.adapters.arena import ALIGNMENT, Arena
+from veneer.kernels.tables import ABSENT, RANK, AdapterTables
+
+
+class Place(NamedTuple):
+    """Where one adapter lies."""
+
+    slot: int
+    start: int  # elements from the start of the arena
+    size: int  # elements
+
+
+class Slots:
+    """The tables, allocated once, and which parts of them are taken."""
+
+    def __init__(
+        self, count: int, sites: int, arena_bytes: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._arena = Arena(arena_bytes // dtype.itemsize)
+        if count < 1 or not self._arena.capacity:
+            raise ValueError(
+                f"--max-loras {count} and --adapter-memory {arena_bytes} bytes have room for no adapter; "
+                f"at least 1 and {ALIGNMENT * dtype.itemsize} are needed"
+            )
+        self._free = set(range(count))
+        self._absent = _absent(1, sites, device)[0]
+        self.tables = AdapterTables(
+            # Zeroed: padding that a kernel loads beside a tensor is never NaN.
+            arena=torch.zeros(self._arena.capacity, dtype=dtype, device=device),
+            entries=_absent(count, sites, device),
+            entries_host=_absent(count, sites, torch.device("cpu")),
+        )
+
+    @property
+    def used_bytes(self) -> int:
+        return self._arena.used * self.tables.arena.itemsize
+
+    def fits(self, size: int, freed: Iterable[Place] = ()) -> bool:
+        """Whether an adapter of `size` elements would fit if the places in `freed` were free."""
+        starts = {place.start for place in freed}
+        return bool(self._free or starts) and self._arena.find(size, starts) is not None
+
+    def take(self, size: int) -> Place:
+        """A free slot and a range. Ask `fits` first: RuntimeError when there is no room."""
+        start = self._arena.allocate(size) if self._free else None
+        if start is None:
+            raise RuntimeError(f"no slot or no range for {size} elements; ask fits first")
+        slot = min(self._free)
+        self._free.remove(slot)
+        return Place(slot, start, size)
+
+    def install(self, place: Place, entries: torch.Tensor) -> None:
+        """From the next launch on, kernels find the adapter with these entries (int64 [sites, 4])."""
+        self.tables.entries_host[place.slot] = entries
+        self.tables.entries[place.slot].copy_(entries, non_blocking=True)
+
+    def clear(self, place: Place) -> None:
+        """Give a place back. Steps launched so far still read it: see `launched`."""
+        self.tables.entries[place.slot].copy_(self._absent, non_blocking=True)
+        self.tables.entries_host[place.slot, :, :RANK] = ABSENT
+        self.tables.entries_host[place.slot, :, RANK] = 0
+        self._arena.free(place.start)
+        self._free.add(place.slot)
+
+    def launched(self) -> torch.cuda.Event | None:
+        """An event after all that has been launched so far. Writes to a freed range must wait for it."""
+        if not self.tables.arena.is_cuda:
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.tables.arena.device))
+        return event
+
+
+def _absent(slots: int, sites: int, device: torch.device) -> torch.Tensor:
+    """Entries of slots without an adapter, int64 [slots, sites, 4]."""
+    entries = torch.full((slots, sites, 4), ABSENT, dtype=torch.int64, device=device)
+    entries[..., RANK] = 0
+    return entries

@@ -1,0 +1,204 @@
+"""Adapter files on disk: a private folder that fills up, its digest, and the moves that survive a crash.
+
+A folder appears in the store, and disappears from it, by one rename. Whatever else is interrupted happens
+inside the staging folder, which is emptied when the store opens.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from sqlalchemy.exc import DBAPIError
+
+from veneer.adapters.names import CONFIG_FILE, WEIGHTS_FILE
+from veneer.errors import AdapterRefused, Conflict, InvalidRequest, StorageFull, TooLarge
+
+FILES = (CONFIG_FILE, WEIGHTS_FILE)
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+SPARE = 1 << 20  # bytes; a delete writes some tens of pages
+_SQLITE_FULL = 13
+_POSTGRES_FULL = "53100"
+
+
+@dataclass(frozen=True, slots=True)
+class Staging:
+    """A folder that nobody else sees, to be filled with an adapter's two files."""
+
+    path: Path
+
+    def write(self, filename: str, chunks: Iterable[bytes], limit: int) -> int:
+        """Write one of `FILES`, at most `limit` bytes; an error leaves nothing. Returns its size.
+
+        Raises `TooLarge` beyond the limit, `StorageFull` when the disk is, `InvalidRequest` on a second
+        file of that name.
+        """
+        if filename not in FILES:
+            raise ValueError(f"{filename!r} is not one of {FILES}")
+        target = self.path / filename
+        try:
+            with storage_errors(filename), target.open("xb") as file:
+                size = _copy(filename, chunks, limit, file.fileno())
+                os.fsync(file.fileno())
+        except FileExistsError:
+            raise InvalidRequest(
+                f"{filename} was sent twice; send each of {' and '.join(FILES)} once", param="files"
+            ) from None
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
+        return size
+
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of the config and of the weights. Raises `AdapterRefused` unless exactly both are there."""
+        found = {entry.name: entry for entry in os.scandir(self.path)}
+        for filename in FILES:
+            if filename not in found:
+                raise AdapterRefused(
+                    f"{filename} is missing; an adapter is {' and '.join(FILES)}", param="files"
+                )
+        for name, entry in found.items():
+            if name not in FILES or not entry.is_file(follow_symlinks=False):
+                raise AdapterRefused(
+                    f"{name!r} does not belong to an adapter; send {' and '.join(FILES)} alone", param="files"
+                )
+        config, weights = (found[filename].stat().st_size for filename in FILES)
+        return config, weights
+
+    def digest(self) -> str:
+        """The adapter's identity: sha256 over, for each of `FILES` in that order, its name, a zero byte,
+        its length as eight bytes (big-endian) and the sha256 of its content."""
+        whole = hashlib.sha256()
+        for filename, size in zip(FILES, self.sizes(), strict=True):
+            with (self.path / filename).open("rb") as file:
+                content = hashlib.file_digest(file, "sha256")
+            whole.update(filename.encode() + b"\0" + size.to_bytes(8, "big") + content.digest())
+        return whole.hexdigest()
+
+    def sync(self) -> None:
+        """Bring both files and the folder to the disk."""
+        with storage_errors("the adapter"):
+            for filename in FILES:
+                sync(self.path / filename)
+            sync(self.path)
+
+
+def _copy(filename: str, chunks: Iterable[bytes], limit: int, descriptor: int) -> int:
+    size = 0
+    for chunk in chunks:
+        size += len(chunk)
+        if size > limit:
+            raise TooLarge(f"{filename} is larger than the {limit:,} bytes allowed for it", param="files")
+        rest = memoryview(chunk)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+    return size
+
+
+@contextmanager
+def storage_errors(what: str) -> Iterator[None]:
+    """Report a full disk, a spent quota or a full database as `StorageFull`."""
+    try:
+        yield
+    except (OSError, DBAPIError) as error:
+        if not _is_full(error):
+            raise
+        raise StorageFull(
+            f"the store's disk has no room for {what}; free disk space or delete adapters, then try again"
+        ) from error
+
+
+def _is_full(error: OSError | DBAPIError) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    primary = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF  # the rest is the extended code
+    return primary == _SQLITE_FULL or getattr(error.orig, "sqlstate", None) == _POSTGRES_FULL
+
+
+def is_digest(text: str) -> bool:
+    return _DIGEST.fullmatch(text) is not None
+
+
+def sync(path: Path) -> None:
+    """fsync a file, or a folder's list of names."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def discard(folder: Path, trash: Path) -> None:
+    """Remove a folder at once: one rename into `trash`, synced, before its files go one by one."""
+    doomed = trash / secrets.token_hex(8)  # needs no new folder, so it works on a full disk
+    folder.rename(doomed)
+    sync(folder.parent)
+    remove(doomed)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder; one that is gone already is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def fault(folder: Path, sizes: tuple[int, int]) -> str | None:
+    """What is wrong with a stored adapter's files, or None when both are there with the right sizes."""
+    for filename, size in zip(FILES, sizes, strict=True):
+        try:
+            found = (folder / filename).lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            return f"{filename} is missing from the store"
+        if not stat.S_ISREG(found.st_mode) or found.st_size != size:
+            return f"{filename} has {found.st_size:,} bytes in the store instead of {size:,}"
+    return None
+
+
+def keep_spare(path: Path, staging: Path) -> None:
+    """Occupy `SPARE` bytes at `path` if there is room."""
+    if path.exists():
+        return
+    draft = staging / secrets.token_hex(8)
+    try:
+        with draft.open("xb") as file:
+            os.posix_fallocate(file.fileno(), 0, SPARE)
+        draft.rename(path)
+    except OSError as error:
+        remove(draft)
+        if not _is_full(error):
+            raise
+
+
+def lock_root(root: Path) -> IO[str]:
+    """Hold the root for this process; the system lets go when the process ends, however it ends."""
+    file = (root / "lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read(20).strip()
+        file.close()
+        raise Conflict(
+            f"the adapter store {root} is open in another process (pid {holder or 'unknown'}); "
+            f"one process owns a store: stop that one or choose another folder"
+        ) from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    with suppress(OSError):  # only for the message above; a full disk must not keep the store closed
+        file.flush()
+    return file

@@ -1,0 +1,322 @@
+"""Decides what each step computes: continuous batching with chunked prefill over pages and adapter slots.
+
+`schedule` plans a step, `commit` applies what it computed; nothing else moves a sequence forward. Imports no
+torch. Everything goes in order of arrival, which a preempted sequence keeps: the earliest sequence always gets
+on, and each becomes the earliest in its turn. Only a lack of adapter slots lets others pass, and not for ever:
+after `slot_patience` the adapter whose slot was held longest must yield.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import count
+from typing import NamedTuple, Protocol
+
+from veneer.engine.pages import PagePool
+from veneer.engine.sequence import Sequence
+from veneer.errors import InvalidRequest, QueueFull
+
+
+class AdapterGate(Protocol):
+    """Which adapters are on the device. Nothing here waits: loads go on in the background.
+
+    Adapters are loaded in the order in which they were asked for, as soon as there is room beside those with
+    users. One that is loaded is kept for a while for whoever asked for it.
+    """
+
+    def prefetch(self, digest: str) -> None:
+        """Ask for the adapter; asking again changes nothing."""
+
+    def acquire(self, digest: str) -> int | None:
+        """Ask for the adapter, and when it is resident count a user and return its slot."""
+
+    def release(self, digest: str) -> None:
+        """One user less."""
+
+    def is_blocked(self, digest: str) -> bool:
+        """Whether the adapter could be loaded now but for adapters with users."""
+
+    def is_pinned(self, digest: str) -> bool:
+        """Whether the adapter keeps its place whoever uses it, so that preempting its users frees nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """A sequence's part of a step: tokens [start, start + count)."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    samples: bool  # the last token is among them, so the next one is sampled
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One planned step: decodes, then prefills that go on, then new sequences."""
+
+    items: list[Scheduled] = field(default_factory=list)
+
+
+class AdapterCounts(NamedTuple):
+    running: int
+    waiting: int
+
+
+@dataclass
+class _Hold:
+    """An adapter whose slot sequences are using."""
+
+    since: float
+    users: dict[Sequence, int] = field(default_factory=dict)  # -> its tokens when it got the slot
+
+    @property
+    def has_advanced(self) -> bool:
+        """Whether each user got a token for its time in the slot: if none did, yielding could go on for ever."""
+        return all(len(sequence.tokens) > before for sequence, before in self.users.items())
+
+
+class Scheduler:
+    """All sequences in flight. Called from one thread."""
+
+    def __init__(
+        self,
+        pool: PagePool,
+        gate: AdapterGate,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_queue: int,
+        slot_patience: float,
+        max_model_len: int,
+        clock: Callable[[], float],
+    ) -> None:
+        """`slot_patience` and `clock` are in seconds; deadlines are on the same clock."""
+        self.pool = pool
+        self.gate = gate
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_queue = max_queue
+        self.slot_patience = slot_patience
+        self.max_model_len = max_model_len
+        self.clock = clock
+        self.waiting: list[Sequence] = []  # both in order of arrival
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+        self._by_id: dict[str, Sequence] = {}
+        self._orders = count()
+        self._holds: dict[str, _Hold] = {}  # longest held first
+        self._turned_away: dict[str, float] = {}  # adapter -> since when it lacks a slot; longest first
+        self._absent: set[str] = set()  # adapters asked for in vain when sequences were last admitted
+        self._closing: set[str] = set()  # adapters that yield their slot once their users have advanced
+        self._yielded: dict[str, str] = {}  # adapter -> the one for which it gave up its slot
+
+    # ---- in and out -----------------------------------------------------------------------------
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence. Raises QueueFull, or InvalidRequest when it can never run."""
+        self._check(sequence)
+        if len(self.waiting) >= self.max_queue:
+            raise QueueFull(
+                f"{len(self.waiting)} requests are waiting and the queue holds at most {self.max_queue}; "
+                "try again later"
+            )
+        sequence.order = next(self._orders)
+        self._by_id[sequence.id] = sequence
+        self.waiting.append(sequence)
+        if sequence.adapter is not None:
+            self.gate.prefetch(sequence.adapter)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take out a sequence that is complete."""
+        self._remove(sequence)
+
+    def cancel(self, identifier: str) -> bool:
+        """Take out a sequence, if it is (still) here."""
+        sequence = self._by_id.get(identifier)
+        if sequence is not None:
+            self._remove(sequence)
+        return sequence is not None
+
+    def fail_adapter(self, digest: str) -> list[Sequence]:
+        """Take out all sequences of an adapter that cannot be loaded."""
+        return self._remove_all(lambda sequence: sequence.adapter == digest)
+
+    def expired(self) -> list[Sequence]:
+        """Take out all sequences whose deadline has passed."""
+        now = self.clock()
+        return self._remove_all(lambda sequence: sequence.deadline is not None and sequence.deadline <= now)
+
+    def adapter_counts(self) -> dict[str, AdapterCounts]:
+        """Sequences in flight by adapter."""
+        running = Counter(s.adapter for s in self.running if s.adapter is not None)
+        waiting = Counter(s.adapter for s in self.waiting if s.adapter is not None)
+        return {digest: AdapterCounts(running[digest], waiting[digest]) for digest in running | waiting}
+
+    # ---- a step ---------------------------------------------------------------------------------
+
+    def schedule(self) -> Batch:
+        """Plan the next step, within `max_num_batched_tokens` and `max_num_seqs`. Moves nothing forward."""
+        self._yield_slots()
+        items: list[Scheduled] = []
+        budget = self.max_num_batched_tokens
+
+        def plan(sequence: Sequence) -> None:
+            nonlocal budget
+            chunk = min(sequence.num_uncomputed, budget)
+            budget -= chunk
+            samples = chunk == sequence.num_uncomputed
+            items.append(Scheduled(sequence, sequence.num_computed, chunk, samples))
+
+        # All that run fit in the budget: they did in the step before, and at most one of them in part.
+        for sequence in [s for s in self.running if s.num_uncomputed == 1]:
+            if self._make_room(sequence):
+                plan(sequence)
+        for sequence in [s for s in self.running if s.num_uncomputed > 1]:
+            plan(sequence)
+        if budget and len(self.running) < self.max_num_seqs:
+            self._absent.clear()
+        for sequence in list(self.waiting):
+            if not budget or len(self.running) == self.max_num_seqs:
+                break
+            if not self._get_slot(sequence):
+                continue  # others need not wait for an adapter that is not there
+            if not self.pool.can_allocate(sequence):
+                break  # smaller ones behind it would starve it; it keeps its slot meanwhile
+            self._start(sequence)
+            plan(sequence)
+        return Batch(items)
+
+    def commit(self, batch: Batch, tokens: Mapping[str, int]) -> None:
+        """Apply a computed step. `tokens` has the sampled token of each item that samples, by sequence id."""
+        for item in batch.items:
+            sequence = item.sequence
+            if not sequence.is_running:
+                continue  # taken out since the step was planned
+            sequence.num_computed = item.start + item.count
+            self.pool.register(sequence, item.start)
+            if item.samples:
+                sequence.tokens.append(tokens[sequence.id])
+
+    # ---- pages ----------------------------------------------------------------------------------
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Get the page for the next token, at the cost of the latest arrival, which may be itself."""
+        while sequence.is_running and not self.pool.can_allocate(sequence):
+            self._preempt(self.running[-1])
+        if sequence.is_running:
+            self.pool.allocate(sequence)
+        return sequence.is_running
+
+    def _start(self, sequence: Sequence) -> None:
+        self.pool.allocate(sequence)
+        self.waiting.remove(sequence)
+        insort(self.running, sequence, key=lambda s: s.order)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the queue, to be recomputed from its tokens (from what the prefix cache keeps of them)."""
+        self.running.remove(sequence)
+        self.pool.free(sequence)
+        self._release_slot(sequence)
+        insort(self.waiting, sequence, key=lambda s: s.order)
+        sequence.preemptions += 1
+        self.preemptions += 1
+
+    # ---- slots ----------------------------------------------------------------------------------
+
+    def _get_slot(self, sequence: Sequence) -> bool:
+        """Whether the sequence has what it needs of its adapter: a slot, or no adapter."""
+        digest = sequence.adapter
+        if digest is None or sequence.slot >= 0:
+            return True
+        slot = self.gate.acquire(digest) if self._may_acquire(digest) else None
+        if slot is None:
+            self._absent.add(digest)
+            self._turned_away.setdefault(digest, self.clock())
+            return False
+        sequence.slot = slot
+        self._holds.setdefault(digest, _Hold(self.clock())).users[sequence] = len(sequence.tokens)
+        self._turned_away.pop(digest, None)
+        return True
+
+    def _may_acquire(self, digest: str) -> bool:
+        yielded = self._yielded.get(digest) in self._turned_away  # its room is for another that still waits
+        return not yielded and digest not in self._closing and digest not in self._absent
+
+    def _release_slot(self, sequence: Sequence) -> None:
+        if sequence.adapter is None or sequence.slot < 0:
+            return
+        sequence.slot = -1
+        hold = self._holds[sequence.adapter]
+        del hold.users[sequence]
+        if not hold.users:
+            del self._holds[sequence.adapter]
+        self.gate.release(sequence.adapter)
+
+    def _yield_slots(self) -> None:
+        """While an adapter that waited too long lacks room, the one that held its slot longest yields it.
+
+        Only those held for `slot_patience` must yield, and only when their users have advanced; where some have
+        not, the adapter closes: no sequence joins it until they have.
+        """
+        wanted = {sequence.adapter for sequence in self.waiting}
+        self._turned_away = {digest: since for digest, since in self._turned_away.items() if digest in wanted}
+        self._yielded = {held: by for held, by in self._yielded.items() if by in self._turned_away}
+        self._closing.clear()
+        latest = self.clock() - self.slot_patience
+        impatient = [digest for digest, since in self._turned_away.items() if since <= latest]
+        impatient = [digest for digest in impatient if digest in self._absent]  # others lack more than a slot
+        for digest in impatient[: self.max_num_seqs]:  # more could not run at once
+            while self.gate.is_blocked(digest):
+                overdue = {
+                    held: hold
+                    for held, hold in self._holds.items()
+                    if hold.since <= latest and not self.gate.is_pinned(held)
+                }
+                held = next((held for held, hold in overdue.items() if hold.has_advanced), None)
+                if held is None:
+                    self._closing.update(overdue)
+                    return
+                self._yielded[held] = digest
+                for sequence in list(overdue[held].users):
+                    self._preempt(sequence)
+
+    # ---- checks and removal ---------------------------------------------------------------------
+
+    def _check(self, sequence: Sequence) -> None:
+        """Refuse what can never run: alone on the device, a sequence must be able to reach its end."""
+        if sequence.id in self._by_id:
+            raise InvalidRequest(f"request id {sequence.id!r} is in use; choose another", param="id")
+        prompt = sequence.num_prompt_tokens
+        if prompt == 0:
+            raise InvalidRequest("the prompt has no tokens; send at least one", param="prompt")
+        if prompt >= self.max_model_len:
+            raise InvalidRequest(
+                f"the prompt has {prompt} tokens and the context holds {self.max_model_len}, at least one of "
+                "them generated; shorten the prompt",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        longest = min(prompt + sequence.sampling.max_tokens, self.max_model_len)
+        room = self.pool.num_pages * self.pool.page_size
+        if longest - 1 > room:  # the last token's keys and values are never needed
+            raise InvalidRequest(
+                f"{prompt} prompt tokens and max_tokens {sequence.sampling.max_tokens} need a KV cache of "
+                f"{longest - 1} tokens and it holds {room}; shorten the prompt or lower max_tokens",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+
+    def _remove_all(self, doomed: Callable[[Sequence], bool]) -> list[Sequence]:
+        found = [sequence for sequence in self._by_id.values() if doomed(sequence)]
+        for sequence in found:
+            self._remove(sequence)
+        return found
+
+    def _remove(self, sequence: Sequence) -> None:
+        (self.running if sequence.is_running else self.waiting).remove(sequence)
+        self.pool.free(sequence)
+        self._release_slot(sequence)
+        del self._by_id[sequence.id]

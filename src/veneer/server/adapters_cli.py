@@ -1,0 +1,146 @@
+"""`veneer adapters …`: a small client of a running server's adapter routes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, cast
+from urllib.parse import quote
+
+import httpx
+from tqdm import tqdm
+
+from veneer.errors import InvalidRequest, VeneerError, from_wire
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ARCHIVES = (".zip", ".tar.gz", ".tgz")
+
+# An upload waits for the server to check the adapter, a delete for running requests to end.
+_TIMEOUT = httpx.Timeout(600.0, connect=10.0)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run one action against `arguments.url`; errors are raised as the server named them."""
+    key = arguments.api_key or os.environ.get("VENEER_ADMIN_API_KEY") or os.environ.get("VENEER_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        with httpx.Client(base_url=arguments.url, headers=headers, timeout=_TIMEOUT) as client:
+            _ACTIONS[arguments.action](client, arguments)
+    except httpx.TransportError as error:
+        raise VeneerError(
+            f"No answer from {arguments.url}: {error}. Is `veneer serve` running there?"
+        ) from None
+    return 0
+
+
+def _push(client: httpx.Client, arguments: argparse.Namespace) -> None:
+    source = Path(arguments.source)
+    fields = {"name": arguments.name}
+    with contextlib.ExitStack() as stack:
+        if source.is_dir():
+            paths = [("files", source / name) for name in ADAPTER_FILES]
+            for _, path in paths:
+                if not path.is_file():
+                    raise InvalidRequest(
+                        f"{path} is missing: an adapter folder has {' and '.join(ADAPTER_FILES)}"
+                    )
+        elif source.is_file():
+            if not source.name.endswith(ARCHIVES):
+                raise InvalidRequest(f"{source} is not a folder, nor an archive ({', '.join(ARCHIVES)})")
+            paths = [("archive", source)]
+        else:  # not on this disk: a hub id, which the server fetches
+            paths = []
+            fields["source"] = arguments.source
+            if arguments.revision:
+                fields["revision"] = arguments.revision
+        files = [(field, (path.name, _with_progress(stack, path))) for field, path in paths]
+        if files:
+            answer = _call(client, "POST", "/v1/adapters", data=fields, files=files)
+        else:
+            answer = _call(client, "POST", "/v1/adapters", json=fields)
+    for warning in answer["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"{answer['id']} version {answer['version']} digest {answer['digest']}")
+
+
+def _with_progress(stack: contextlib.ExitStack, path: Path) -> IO[bytes]:
+    file = stack.enter_context(path.open("rb"))
+    bar = tqdm.wrapattr(file, "read", total=path.stat().st_size, desc=path.name, disable=None)
+    return cast("IO[bytes]", stack.enter_context(bar))
+
+
+def _list(client: httpx.Client, arguments: argparse.Namespace) -> None:
+    rows = [("NAME", "VERSION", "KIND", "RANK", "BYTES", "RESIDENT", "REQUESTS", "DIGEST")]
+    for adapter in _call(client, "GET", "/v1/adapters")["data"]:
+        keys = ("id", "version", "kind", "rank", "bytes", "residency", "requests")
+        rows.append((*(str(adapter[key]) for key in keys), adapter["digest"][:12]))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _remove(client: httpx.Client, arguments: argparse.Namespace) -> None:
+    answer = _call(client, "DELETE", _path(arguments.name))
+    print(f"{arguments.name} deleted" if answer["deleted"] else f"{arguments.name} is being drained")
+
+
+def _alias(client: httpx.Client, arguments: argparse.Namespace) -> None:
+    path = f"/v1/aliases/{quote(arguments.alias)}"
+    if arguments.remove:
+        _call(client, "DELETE", path)
+        print(f"alias {arguments.alias} removed")
+        return
+    if not arguments.target:
+        raise InvalidRequest("veneer adapters alias needs a TARGET (a name or name@version), or --remove")
+    answer = _call(client, "PUT", path, json={"target": arguments.target})
+    print(f"{arguments.alias} -> {answer['target']}")
+
+
+def _rollback(client: httpx.Client, arguments: argparse.Namespace) -> None:
+    body: dict[str, Any] = {}
+    if arguments.version is not None:
+        if not arguments.version.isdecimal():
+            raise InvalidRequest(f"version {arguments.version!r} is not a whole number")
+        body["version"] = int(arguments.version)
+    answer = _call(client, "POST", f"{_path(arguments.name)}/rollback", json=body)
+    print(f"{answer['id']} is now version {answer['version']}")
+
+
+def _pin(client: httpx.Client, arguments: argparse.Namespace) -> None:
+    _call(client, "POST", f"{_path(arguments.name)}/{arguments.action}")
+    print(f"{arguments.name} {arguments.action}ned")
+
+
+def _path(name: str) -> str:
+    return f"/v1/adapters/{quote(name)}"
+
+
+def _call(client: httpx.Client, method: str, path: str, **content: Any) -> dict[str, Any]:
+    """One request; an error answer is raised as the `VeneerError` it stands for."""
+    response = client.request(method, path, **content)
+    if response.is_success:
+        return cast("dict[str, Any]", response.json())
+    try:
+        error = response.json()["error"]
+        message, code = str(error["message"]), str(error["code"])
+    except (ValueError, KeyError, TypeError):
+        message, code = (
+            f"{method} {path} answered {response.status_code}: {response.text[:500]}",
+            "bad_answer",
+        )
+    raise from_wire(response.status_code, code, message, None)
+
+
+_ACTIONS: dict[str, Callable[[httpx.Client, argparse.Namespace], None]] = {
+    "push": _push,
+    "list": _list,
+    "rm": _remove,
+    "alias": _alias,
+    "rollback": _rollback,
+    "pin": _pin,
+    "unpin": _pin,
+}

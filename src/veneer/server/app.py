@@ -1,0 +1,22 @@
+"""The HTTP application: routes, keys, errors. Imports no torch."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+import veneer
+from veneer.server import adapters_api, chat, completions, health, models, vllm_api
+from veneer.server.auth import AuthMiddleware
+from veneer.server.errors import install_error_handlers
+from veneer.server.state import ServerState
+
+
+def create_app(state: ServerState) -> FastAPI:
+    """The application around `state`. The caller starts and stops `state.engine`."""
+    app = FastAPI(title="Veneer", version=veneer.__version__)
+    app.state.veneer = state
+    app.add_middleware(AuthMiddleware, api_keys=state.config.api_keys, admin_key=state.config.admin_key)
+    install_error_handlers(app)
+    for module in (health, models, chat, completions, adapters_api, vllm_api):
+        app.include_router(module.router)
+    return app

@@ -1,0 +1,245 @@
+"""The `veneer` command: `serve`, `prepare`, `train` and `adapters`.
+
+Flags have vLLM's names where vLLM has the flag. This module parses and dispatches, nothing more. Each
+subcommand imports what it needs when it runs: `veneer --help` is fast, and the server imports no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import veneer
+from veneer.engine.source import DEFAULT_MODEL
+from veneer.errors import VeneerError
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS |= {f"{prefix}I": 1 << shift for prefix, shift in (("K", 10), ("M", 20), ("G", 30), ("T", 40))}
+
+
+def size(text: str) -> int:
+    """Bytes from `1048576`, `512MiB`, `4GiB`, `2GB`, `1.5G`."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?I?)B?", text.strip().upper())
+    if match is None or match[2] == "I":
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write bytes or for example 512MiB or 4GiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isascii() or not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def port(text: str) -> int:
+    """A TCP port; 0 lets the system choose a free one."""
+    if not text.isascii() or not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """A finite time in seconds, 0 or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, 0 or more")
+    return value
+
+
+def lora_module(text: str) -> tuple[str, str]:
+    """`name=path` as vLLM's --lora-modules takes it."""
+    name, separator, path = text.partition("=")
+    if not (name and separator and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
+    return name, path
+
+
+def default_store() -> Path:
+    """Where adapters live unless --store says otherwise: the user's data folder."""
+    home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(home) / "veneer" / "store"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line. Each subcommand sets `run`, which takes the parsed arguments."""
+    parser = argparse.ArgumentParser(prog="veneer", description="Many adapters on one quantized base model.")
+    parser.add_argument("--version", action="version", version=f"veneer {veneer.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_serve(commands.add_parser("serve", help="serve a base model and its adapters over HTTP"))
+    _add_prepare(
+        commands.add_parser("prepare", help="download or convert a base model, so that serve starts fast")
+    )
+    _add_train(commands.add_parser("train", help="train an adapter from a recipe"))
+    _add_adapters(commands.add_parser("adapters", help="manage the adapters of a running server"))
+    return parser
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", nargs="?", default=DEFAULT_MODEL, help="folder, hub id or GGUF file (%(default)s)"
+    )
+    http = parser.add_argument_group("HTTP")
+    http.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    http.add_argument(
+        "--port", type=port, default=8000, help="port to listen on, 0 = any free one (%(default)s)"
+    )
+    http.add_argument("--served-model-name", help="the base's name in requests (the model's own name)")
+    http.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        help="needed for all routes but /health and /ready; repeatable (also VENEER_API_KEY)",
+    )
+    http.add_argument(
+        "--admin-api-key", help="needed to add, change and delete adapters (also VENEER_ADMIN_API_KEY)"
+    )
+    http.add_argument(
+        "--request-timeout",
+        type=seconds,
+        default=600.0,
+        help="seconds a request may take, 0 = any (%(default)s)",
+    )
+    http.add_argument(
+        "--shutdown-timeout",
+        type=seconds,
+        default=30.0,
+        help="seconds running requests get on SIGTERM (%(default)s)",
+    )
+    http.add_argument("--max-upload", type=size, default=size("4GiB"), help="largest adapter upload (4GiB)")
+    http.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    http.add_argument("--access-log", action="store_true", help="log every HTTP request")
+
+    base = parser.add_argument_group("base model")
+    base.add_argument("--quantization", choices=("nf4", "int8", "none"), default="nf4")
+    base.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    base.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    base.add_argument("--max-model-len", type=positive, help="tokens of prompt and answer together")
+    base.add_argument("--max-num-seqs", type=positive, default=64, help="sequences in one step (%(default)s)")
+    base.add_argument("--max-num-batched-tokens", type=positive, help="tokens in one step")
+    base.add_argument("--max-queue", type=positive, default=1024, help="waiting sequences (%(default)s)")
+    base.add_argument("--kv-cache-memory", type=size, metavar="SIZE", help="KV cache, for example 4GiB")
+    base.add_argument("--block-size", type=positive, default=16, help="tokens in one KV page (%(default)s)")
+    base.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)
+    base.add_argument("--threads", type=positive, help="CPU threads of the engine")
+
+    adapters = parser.add_argument_group("adapters")
+    adapters.add_argument(
+        "--store", type=Path, default=default_store(), help="folder of adapters (%(default)s)"
+    )
+    adapters.add_argument(
+        "--lora-modules",
+        type=lora_module,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=PATH",
+        help="adapters to register at the start: a folder or a hub id each",
+    )
+    adapters.add_argument(
+        "--adapter-dir",
+        type=Path,
+        action="append",
+        default=[],
+        help="clients may load adapters from folders below it by path; repeatable (none)",
+    )
+    adapters.add_argument("--max-loras", type=positive, default=8, help="device slots (%(default)s)")
+    adapters.add_argument(
+        "--max-lora-rank", type=positive, default=512, help="largest rank taken (%(default)s)"
+    )
+    adapters.add_argument("--adapter-memory", type=size, metavar="SIZE", help="adapters on the device")
+    adapters.add_argument("--host-adapter-memory", type=size, metavar="SIZE", help="adapters in host memory")
+    parser.set_defaults(run=_serve)
+
+
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", nargs="?", default=DEFAULT_MODEL, help="folder, hub id or GGUF file (%(default)s)"
+    )
+    parser.set_defaults(run=_prepare)
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+    parser.add_argument("--overwrite", action="store_true", help="replace the adapter of an earlier run")
+    parser.set_defaults(run=_train)
+
+
+def _add_adapters(parser: argparse.ArgumentParser) -> None:
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument(
+        "--url", default=os.environ.get("VENEER_URL", DEFAULT_URL), help="the server (%(default)s)"
+    )
+    shared.add_argument("--api-key", help="key of the server (also VENEER_ADMIN_API_KEY or VENEER_API_KEY)")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def action(name: str, text: str, *arguments: str, optional: str | None = None) -> argparse.ArgumentParser:
+        sub = actions.add_parser(name, help=text, parents=[shared])
+        for argument in arguments:
+            sub.add_argument(argument)
+        if optional is not None:
+            sub.add_argument(optional, nargs="?")
+        sub.set_defaults(run=_adapters)
+        return sub
+
+    push = action("push", "upload an adapter: a folder, a .zip, a .tar.gz or a hub id", "name", "source")
+    push.add_argument("--revision", help="branch, tag or commit of a hub id")
+    action("list", "list adapters")
+    action("rm", "delete an adapter with all its versions", "name")
+    alias = action("alias", "point an alias at a name or name@version", "alias", optional="target")
+    alias.add_argument("--remove", action="store_true", help="remove the alias instead")
+    action("rollback", "make the version before current again, or the given one", "name", optional="version")
+    action("pin", "keep an adapter on the device", "name")
+    action("unpin", "let an adapter be evicted again", "name")
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from veneer.server.serve import serve
+
+    return serve(arguments)
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from veneer.server.serve import resolve_model
+
+    print(resolve_model(arguments.model))
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from veneer.training.train import main as train
+
+    train(arguments.recipe, overwrite=arguments.overwrite)
+    return 0
+
+
+def _adapters(arguments: argparse.Namespace) -> int:
+    from veneer.server.adapters_cli import run
+
+    return run(arguments)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = build_parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        return run(arguments)
+    except VeneerError as error:
+        print(f"veneer: {error.message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,251 @@
+"""What both generation routes share: from a checked body to pieces of text with their log probabilities."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Self
+
+from veneer.adapters.names import Base, parse_selector
+from veneer.adapters.schema import AdapterVersion
+from veneer.engine.client import Generation, NewSequence
+from veneer.engine.messages import EngineInfo, SamplingParams, SequenceOutput, TokenLogprobs
+from veneer.errors import InvalidRequest
+from veneer.server.state import ServerState
+from veneer.server.text import Entry, TextStream
+from veneer.server.wire import ChatRequest, CompletionRequest, GenerationRequest
+
+GREEDY_BELOW = 1e-5  # a lower temperature divides logits beyond float32; vLLM draws the same line
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
+
+
+class Logprob(NamedTuple):
+    """One output token with the model's view of its position."""
+
+    entry: Entry
+    values: TokenLogprobs
+
+
+class Delta(NamedTuple):
+    """News of one choice. `finish_reason` is set on its last one."""
+
+    choice: int
+    text: str
+    logprobs: list[Logprob]
+    finish_reason: str | None
+    stop_reason: str | int | None  # the stop string or stop token id that ended it, as vLLM reports
+
+
+@dataclass
+class Usage:
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    def wire(self) -> dict[str, Any]:
+        """OpenAI's `CompletionUsage`."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+def select_adapter(state: ServerState, model: str) -> AdapterVersion | None:
+    """The adapter version that a request's `model` means now; None for the base. Raises NotFound."""
+    selected = parse_selector(model, state.served_name)
+    return None if isinstance(selected, Base) else state.store.resolve(selected.name, selected.version)
+
+
+def sampling_params(
+    body: GenerationRequest, info: EngineInfo, max_tokens: int, seed: int, logprobs: int | None
+) -> SamplingParams:
+    """The engine's view of a body. Raises InvalidRequest for token ids outside of the vocabulary."""
+    check_tokens(body.stop_token_ids, info, "stop_token_ids")
+    if body.min_tokens > max_tokens:
+        message = f"min_tokens={body.min_tokens} is more than the {max_tokens} tokens that may be generated."
+        raise InvalidRequest(message, param="min_tokens")
+    # top_p = 0 keeps the most likely token alone, which is top_k = 1.
+    top_k = 1 if body.top_p == 0 else min(max(body.top_k, 0), info.vocab_size)
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=0.0 if body.temperature < GREEDY_BELOW else body.temperature,
+        top_p=body.top_p or 1.0,
+        top_k=top_k,
+        min_p=body.min_p,
+        repetition_penalty=body.repetition_penalty,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        logit_bias={_bias_token(key, info): value for key, value in body.logit_bias.items()},
+        seed=seed,
+        min_tokens=body.min_tokens,
+        stop_token_ids=body.stop_token_ids,
+        ignore_eos=body.ignore_eos,
+        logprobs=logprobs,
+    )
+
+
+def derived_seed(seed: int, choice: int) -> int:
+    """The seed of the n-th choice, in 63 bits: the request's own for choice 0, a hash of both for others."""
+    if choice:
+        digest = hashlib.blake2b(f"{seed}/{choice}".encode(), digest_size=8).digest()
+        seed = int.from_bytes(digest, "little")
+    return seed & (2**63 - 1)
+
+
+def token_limit(body: GenerationRequest, prompt: Sequence[int], info: EngineInfo, param: str) -> int:
+    """How many tokens may follow `prompt`. Raises InvalidRequest when the context has no room."""
+    asked = body.max_tokens
+    if isinstance(body, ChatRequest) and body.max_completion_tokens is not None:
+        asked = body.max_completion_tokens
+    room = info.max_model_len - len(prompt)
+    if not prompt:
+        raise InvalidRequest(f"{param} has no tokens; the model needs at least one.", param=param)
+    if room < (1 if asked is None else asked):
+        raise InvalidRequest(
+            f"This model's maximum context length is {info.max_model_len} tokens, but {len(prompt)} in the "
+            f"{param} and {1 if asked is None else asked} for the answer were requested; shorten one of them.",
+            param=param,
+            code="context_length_exceeded",
+        )
+    if asked is None and isinstance(body, CompletionRequest):
+        return min(DEFAULT_COMPLETION_TOKENS, room)
+    return room if asked is None else asked
+
+
+def check_tokens(tokens: Sequence[int], info: EngineInfo, param: str) -> None:
+    wrong = next((token for token in tokens if token >= info.vocab_size), None)
+    if wrong is not None:
+        rule = f"the vocabulary has the ids 0 to {info.vocab_size - 1}"
+        raise InvalidRequest(f"{param}: there is no token {wrong}; {rule}.", param=param)
+
+
+def _bias_token(key: str, info: EngineInfo) -> int:
+    if not (key.isascii() and key.isdigit() and len(key) < 10):
+        message = f"logit_bias: the key {key[:40]!r} must be a token id, written as a decimal number."
+        raise InvalidRequest(message, param="logit_bias")
+    check_tokens([int(key)], info, "logit_bias")
+    return int(key)
+
+
+@dataclass
+class _Choice:
+    """What is known of one sequence on its way to the client."""
+
+    text: TextStream
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    last_output: float | None = None
+    cached_tokens: int = 0
+
+
+class Run:
+    """One HTTP request's sequences: enter it, iterate its deltas, leave it (which cancels what still runs).
+
+    Choices are numbered as OpenAI numbers them: prompt 0's n choices first, then prompt 1's.
+    """
+
+    def __init__(
+        self,
+        state: ServerState,
+        body: GenerationRequest,
+        prompts: list[list[int]],
+        *,
+        adapter: AdapterVersion | None,
+        param: str,
+        logprobs: int | None,
+        received: float,
+    ) -> None:
+        info = state.engine.require_ready()
+        seed = secrets.randbits(63) if body.seed is None else body.seed
+        count = len(prompts) * body.n
+        if count > state.config.max_sequences:
+            message = (
+                f"n: {count} sequences were requested; one request may have {state.config.max_sequences}."
+            )
+            raise InvalidRequest(message, param="n")
+        self._state, self._body, self._received = state, body, received
+        self._digest = adapter.digest if adapter else None
+        self._name = adapter.name if adapter else None
+        self._sequences: list[NewSequence] = []
+        for prompt in prompts:
+            check_tokens(prompt, info, param)
+            limit = token_limit(body, prompt, info, param)
+            for choice in range(body.n):
+                sampling = sampling_params(body, info, limit, derived_seed(seed, choice), logprobs)
+                self._sequences.append(NewSequence(prompt, sampling))
+        self._choices = [_Choice(self._text_stream(prompt)) for prompt, _ in self._sequences]
+        self._first_token_seen = False
+        self.usage = Usage(prompt_tokens=sum(map(len, prompts)))
+        limits = [limit for limit in (body.timeout, state.config.request_timeout) if limit is not None]
+        self._deadline = min(limits, default=None)
+        self._stack = ExitStack()
+        self._generation: Generation | None = None
+
+    def _text_stream(self, prompt: Sequence[int]) -> TextStream:
+        body = self._body
+        return TextStream(
+            self._state.tokenizer,
+            prompt,
+            stop=body.stops,
+            include_stop=body.include_stop_str_in_output,
+            skip_special_tokens=body.skip_special_tokens,
+            min_tokens=body.min_tokens,
+        )
+
+    def __enter__(self) -> Self:
+        if self._body.max_tokens != 0:
+            self._generation = self._stack.enter_context(
+                self._state.engine.submit(self._sequences, self._digest, self._deadline)
+            )
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+        self._state.metrics.tokens(self._name, self.usage.prompt_tokens, self.usage.completion_tokens)
+
+    async def deltas(self) -> AsyncGenerator[Delta]:
+        if self._generation is None:
+            for choice in range(len(self._choices)):
+                yield Delta(choice, "", [], "length", None)
+            return
+        async for choice, output in self._generation:
+            self._count(choice, output)
+            delta = self._delta(choice, output)
+            if delta.finish_reason:
+                self._generation.cancel(choice)  # a stop string ended it; the engine does not know
+            if delta.text or delta.logprobs or delta.finish_reason:
+                yield delta
+
+    def _delta(self, choice: int, output: SequenceOutput) -> Delta:
+        known = self._choices[choice]
+        known.logprobs += output.logprobs
+        ended_by = output.stop_token
+        hide = ended_by is not None and not self._body.include_stop_str_in_output
+        piece = known.text.push(output.tokens, hide_last=hide, final=output.finish_reason is not None)
+        wanted = bool(known.logprobs)
+        return Delta(
+            choice,
+            piece.text,
+            [Logprob(entry, known.logprobs[entry.position]) for entry in piece.entries] if wanted else [],
+            "stop" if piece.stop is not None else output.finish_reason,
+            piece.stop if piece.stop is not None or ended_by not in self._body.stop_token_ids else ended_by,
+        )
+
+    def _count(self, choice: int, output: SequenceOutput) -> None:
+        now, known, metrics = time.monotonic(), self._choices[choice], self._state.metrics
+        if output.tokens:
+            if not self._first_token_seen:
+                self._first_token_seen = True
+                metrics.first_token(self._name, now - self._received)
+            if known.last_output is not None:
+                metrics.inter_token(now - known.last_output)
+            known.last_output = now
+        self.usage.completion_tokens += len(output.tokens)
+        if choice % self._body.n == 0:  # a prompt counts once, whatever n is
+            self.usage.cached_tokens += max(output.cached_tokens - known.cached_tokens, 0)
+            known.cached_tokens = max(output.cached_tokens, known.cached_tokens)

@@ -1,0 +1,127 @@
+"""What every route shares: configuration, engine, store, tokenizer, metrics and the requests in flight.
+
+One `ServerState` lives at `app.state.veneer`. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, cast
+
+from fastapi import Request
+
+import veneer
+from veneer.adapters.store import AdapterStore
+from veneer.engine.client import EngineClient
+from veneer.server.template import ChatTemplate
+from veneer.server.text import TextTokenizer, read_special_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """What `veneer serve` was started with, as far as the HTTP process needs it."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    base_names: tuple[str, ...] = ()  # what else the base is called; for an adapter's base_model_name_or_path
+    api_keys: tuple[str, ...] = ()
+    admin_key: str | None = None
+    adapter_dirs: tuple[Path, ...] = ()  # folders that adapters may be registered from by path
+    max_upload_bytes: int = 4 << 30
+    max_body_bytes: int = 16 << 20  # of a JSON request
+    request_timeout: float | None = None  # seconds; the limit of every generation request
+    max_models: int = 1000  # entries of /v1/models
+    max_sequences: int = 1024  # sequences (prompts times n) of one request
+
+
+class Metrics(Protocol):
+    """What the routes report. `adapter_name` is None for the base."""
+
+    def request_started(self, route: str, adapter_name: str | None) -> None: ...
+
+    def first_token(self, adapter_name: str | None, seconds: float) -> None:
+        """From the request's receipt to its first token."""
+
+    def inter_token(self, seconds: float) -> None:
+        """Between two outputs of one sequence."""
+
+    def tokens(self, adapter_name: str | None, prompt: int, completion: int) -> None: ...
+
+    def request_finished(self, route: str, adapter_name: str | None, outcome: str) -> None:
+        """`outcome` is "ok", "cancelled" or the code of the error."""
+
+    def unknown_field(self, name: str) -> None: ...
+
+
+class InFlight:
+    """Counts requests by adapter digest, so that a delete can wait for the last one."""
+
+    def __init__(self) -> None:
+        self.started: Counter[str | None] = Counter()  # requests since the server started
+        self._counts: Counter[str | None] = Counter()
+        self._waiters: dict[str | None, asyncio.Event] = {}
+
+    @contextmanager
+    def hold(self, digest: str | None) -> Iterator[None]:
+        """Count one request that uses `digest` (None: the base) while the block runs."""
+        self.started[digest] += 1
+        self._counts[digest] += 1
+        try:
+            yield
+        finally:
+            self._counts[digest] -= 1
+            if not self._counts[digest]:
+                del self._counts[digest]
+                if waiter := self._waiters.pop(digest, None):
+                    waiter.set()
+
+    def count(self, digest: str | None) -> int:
+        return self._counts[digest]
+
+    def total(self) -> int:
+        return self._counts.total()
+
+    async def drained(self, digest: str | None) -> None:
+        """Return once no request uses `digest`. New ones must have been stopped before."""
+        while self._counts[digest]:
+            await self._waiters.setdefault(digest, asyncio.Event()).wait()
+
+
+@dataclass(kw_only=True)
+class ServerState:
+    engine: EngineClient
+    store: AdapterStore
+    served_name: str  # the base's model id
+    model_folder: Path  # holds tokenizer.json and the chat template
+    config: ServerConfig
+    metrics: Metrics
+    in_flight: InFlight = field(default_factory=InFlight)
+    started: int = field(default_factory=lambda: int(time.time()))
+    registering: bool = False  # adapters of the command line are still being added: /ready waits for them
+    tokenizer: TextTokenizer = field(init=False)
+    template: ChatTemplate | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tokenizer = TextTokenizer(self.model_folder)
+        self.template = ChatTemplate.load(self.model_folder, read_special_tokens(self.model_folder))
+
+    @property
+    def fingerprint(self) -> str:
+        """OpenAI's `system_fingerprint`: changes when the version, the base or its numerics change."""
+        info = self.engine.info
+        parts = [veneer.__version__, self.served_name]
+        if info:
+            parts += [info.model_type, info.device, info.dtype, info.quantization, info.kernels]
+        return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:10]
+
+
+def state_of(request: Request) -> ServerState:
+    """The state that `create_app` was given."""
+    return cast(ServerState, request.app.state.veneer)

@@ -1,0 +1,214 @@
+"""How an answer travels: as one JSON body or as server-sent events, and what happens when the client leaves.
+
+The engine's first word is awaited before the headers of a stream are sent, so that refusals keep their HTTP
+status. What is held for a request (its sequences, its adapter) is released the moment the client is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import msgspec
+from fastapi import Request, Response
+from starlette.requests import ClientDisconnect
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from veneer.adapters.schema import AdapterVersion
+from veneer.errors import VeneerError
+from veneer.server.errors import INTERNAL, error_body
+from veneer.server.generation import Delta, Run, Usage, select_adapter
+from veneer.server.state import ServerState, state_of
+from veneer.server.wire import GenerationRequest, read_body
+
+log = logging.getLogger(__name__)
+
+INLINE_BYTES = 16_384  # bodies up to this size are tokenized on the loop, larger ones in a thread
+
+Result = TypeVar("Result")
+Body = TypeVar("Body", bound=GenerationRequest)
+
+
+class Format(Protocol):
+    """Turns deltas into one route's wire form."""
+
+    def chunks(self, delta: Delta) -> list[dict[str, Any]]:
+        """The events of a stream."""
+
+    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
+        """The last event, when the client asked for usage."""
+
+    def add(self, delta: Delta) -> None:
+        """Collect for `body`."""
+
+    def body(self, usage: Usage) -> dict[str, Any]:
+        """The whole answer."""
+
+
+class Prepared(NamedTuple):
+    """A body made ready for the engine."""
+
+    prompts: list[list[int]]
+    param: str  # the field that the prompts came from
+    logprobs: int | None  # for `SamplingParams`
+    format: Format
+
+
+Prepare = Callable[[ServerState, Body], Prepared]
+
+
+async def respond(request: Request, route: str, kind: type[Body], prepare: Prepare[Body]) -> Response:
+    """Read the body, generate, answer. Raises VeneerErrors as long as no header has been sent."""
+    received = time.monotonic()
+    state = state_of(request)
+    try:
+        body = await read_body(request, kind, state.config.max_body_bytes, state.metrics.unknown_field)
+        exchange = _Exchange(state, route, body, prepare, received)
+        exchange.inline = int(request.headers.get("content-length", INLINE_BYTES + 1)) <= INLINE_BYTES
+        if not body.stream:
+            answer = await until_disconnect(request, exchange.answer())
+            return Response(answer, headers=exchange.headers(), media_type="application/json")
+        events = exchange.events()
+        first = await until_disconnect(request, _first(events))
+        return EventStream(first, events, exchange.headers())
+    except ClientDisconnect:
+        return Response(status_code=499)  # nobody reads it; the number is nginx's for access logs
+
+
+class _Exchange(Generic[Body]):
+    """One request being answered."""
+
+    def __init__(
+        self, state: ServerState, route: str, body: Body, prepare: Prepare[Body], received: float
+    ) -> None:
+        self._state, self._route, self._body = state, route, body
+        self._prepare, self._received = prepare, received
+        self._adapter: AdapterVersion | None = None
+        self._format: Format
+        self._usage: Usage
+        self.inline = True
+
+    def headers(self) -> dict[str, str]:
+        """Which adapter version answered; a name alone may have moved since."""
+        if self._adapter is None:
+            return {}
+        version = f"{self._adapter.name}@{self._adapter.version}"
+        return {"x-veneer-adapter": version, "x-veneer-adapter-digest": self._adapter.digest}
+
+    async def answer(self) -> bytes:
+        async with aclosing(self._deltas()) as deltas:
+            async for delta in deltas:
+                self._format.add(delta)
+        return msgspec.json.encode(self._format.body(self._usage))
+
+    async def events(self) -> AsyncGenerator[bytes]:
+        options = self._body.stream_options
+        with_usage = options is not None and options.include_usage
+        async with aclosing(self._deltas()) as deltas:
+            async for delta in deltas:
+                for chunk in self._format.chunks(delta):
+                    yield _event(chunk | {"usage": None} if with_usage else chunk)
+        if with_usage:
+            yield _event(self._format.usage_chunk(self._usage))
+
+    async def _deltas(self) -> AsyncGenerator[Delta]:
+        state, body = self._state, self._body
+        # No await between these two: a delete waits for the requests that hold what it deletes.
+        self._adapter = adapter = select_adapter(state, body.model)
+        with _counted(state, self._route, adapter):
+            state.engine.require_ready()
+            prepare = self._prepare
+            ready = prepare(state, body) if self.inline else await asyncio.to_thread(prepare, state, body)
+            self._format = ready.format
+            with Run(
+                state,
+                body,
+                ready.prompts,
+                adapter=adapter,
+                param=ready.param,
+                logprobs=ready.logprobs,
+                received=self._received,
+            ) as run:
+                self._usage = run.usage
+                async with aclosing(run.deltas()) as deltas:
+                    async for delta in deltas:
+                        yield delta
+
+
+@contextmanager
+def _counted(state: ServerState, route: str, adapter: AdapterVersion | None) -> Iterator[None]:
+    name = adapter.name if adapter else None
+    outcome = "cancelled"
+    state.metrics.request_started(route, name)
+    try:
+        with state.in_flight.hold(adapter.digest if adapter else None):
+            yield
+        outcome = "ok"
+    except VeneerError as error:
+        outcome = error.code
+        raise
+    except Exception:
+        outcome = "internal_error"
+        raise
+    finally:
+        state.metrics.request_finished(route, name, outcome)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events. Closes its source for certain, however the connection ends."""
+
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes], headers: dict[str, str]) -> None:
+        self._rest = rest
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"} | headers
+        super().__init__(self._events(first), headers=headers, media_type="text/event-stream")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._rest.aclose()
+
+    async def _events(self, first: bytes) -> AsyncIterator[bytes]:
+        yield first
+        try:
+            async for event in self._rest:
+                yield event
+        except VeneerError as error:  # the status is sent; what is left is an event
+            yield _event(error_body(error))
+        except Exception:
+            log.exception("a stream failed")
+            yield _event(error_body(INTERNAL))
+        yield b"data: [DONE]\n\n"
+
+
+def _event(data: dict[str, Any]) -> bytes:
+    return b"data: " + msgspec.json.encode(data) + b"\n\n"
+
+
+async def _first(events: AsyncGenerator[bytes]) -> bytes:
+    return await anext(events)
+
+
+async def until_disconnect(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of `work`. Cancels it and raises ClientDisconnect as soon as the connection closes."""
+    working = asyncio.create_task(work)
+    watching = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        watching.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

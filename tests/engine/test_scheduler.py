@@ -1,0 +1,696 @@
+"""The scheduler with a simulated engine of integers.
+
+The simulated model keeps one number per token in pages, made of the number before it, as keys and values are;
+its next token depends on every number that it reads through the block table. A page that is shared, reused or
+overwritten wrongly changes the output, which must equal `expected`, whatever was batched, cut or preempted.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, OrderedDict
+from dataclasses import dataclass
+from itertools import count, pairwise
+
+import pytest
+
+from veneer.engine.messages import SamplingParams
+from veneer.engine.pages import PagePool
+from veneer.engine.scheduler import AdapterCounts, Batch, Scheduler
+from veneer.engine.sequence import Sequence
+from veneer.errors import InvalidRequest, QueueFull
+
+VOCABULARY = 50
+KEPT = 3  # steps for which a loaded adapter is kept for whoever asked for it
+
+
+def value(before: int, token: int, position: int) -> int:
+    return hash((before, token, position))
+
+
+def root(adapter: str | None) -> int:
+    return -1 if adapter is None else int.from_bytes(adapter.encode(), "big")
+
+
+def next_token(values: list[int]) -> int:
+    return hash(tuple(values)) % VOCABULARY
+
+
+def expected(adapter: str | None, prompt: list[int], max_tokens: int) -> list[int]:
+    """What the model generates when nothing else is there."""
+    tokens, values = list(prompt), [root(adapter)]
+    while len(tokens) < len(prompt) + max_tokens:
+        for position in range(len(values) - 1, len(tokens)):
+            values.append(value(values[-1], tokens[position], position))
+        tokens.append(next_token(values[1:]))
+    return tokens[len(prompt) :]
+
+
+@dataclass
+class Resident:
+    slot: int
+    ready: int  # step at which it is loaded
+    users: int = 0
+    used: bool = False
+
+
+class Gate:
+    """Adapters of given sizes (1 unless told) in `room`, loaded in `delay` steps, in the order asked for.
+
+    One that is not `orderly` breaks its promises: it remembers no order and keeps nothing for who asked.
+    """
+
+    def __init__(
+        self, room: int, delay: int, sizes: dict[str, int] | None = None, orderly: bool = True
+    ) -> None:
+        self.room, self.delay, self.sizes, self.orderly = room, delay, sizes or {}, orderly
+        self.now = 0
+        self.loads = 0
+        self.pinned: set[str] = set()
+        self.queue: list[str] = []
+        self.resident: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
+
+    def prefetch(self, digest: str) -> None:
+        if digest in self.resident:
+            self.resident.move_to_end(digest)
+        elif digest not in self.queue:
+            self.queue.append(digest)
+            self._load()
+            if not self.orderly:
+                self.queue.clear()
+
+    def acquire(self, digest: str) -> int | None:
+        self.prefetch(digest)
+        entry = self.resident.get(digest)
+        if entry is None or entry.ready > self.now:
+            return None
+        entry.users += 1
+        entry.used = True
+        return entry.slot
+
+    def release(self, digest: str) -> None:
+        self.resident[digest].users -= 1
+        assert self.resident[digest].users >= 0
+        self._load()
+
+    def is_pinned(self, digest: str) -> bool:
+        return digest in self.pinned
+
+    def is_blocked(self, digest: str) -> bool:
+        in_use = sum(self._size(other) for other, entry in self.resident.items() if entry.users)
+        return digest not in self.resident and in_use + self._size(digest) > self.room
+
+    def tick(self) -> None:
+        self.now += 1
+        self._load()
+
+    def _size(self, digest: str) -> int:
+        return self.sizes.get(digest, 1)
+
+    def _evictable(self, entry: Resident) -> bool:
+        loaded = entry.ready <= self.now
+        kept = self.orderly and not entry.used and self.now < entry.ready + KEPT
+        return loaded and not entry.users and not kept and entry not in self._pinned_entries()
+
+    def _pinned_entries(self) -> list[Resident]:
+        return [self.resident[digest] for digest in self.pinned if digest in self.resident]
+
+    def _load(self) -> None:
+        while self.queue:
+            needed = self._size(self.queue[0]) + sum(map(self._size, self.resident)) - self.room
+            victims = []
+            for digest, entry in self.resident.items():
+                if needed > 0 and self._evictable(entry):
+                    victims.append(digest)
+                    needed -= self._size(digest)
+            if needed > 0:
+                return
+            for digest in victims:
+                del self.resident[digest]
+            free = set(range(self.room)) - {entry.slot for entry in self.resident.values()}
+            self.resident[self.queue.pop(0)] = Resident(min(free), self.now + self.delay)
+            self.loads += 1
+
+
+class Simulation:
+    """Scheduler, pages, gate and model; time advances by one second per step."""
+
+    def __init__(
+        self,
+        *,
+        pages: int = 64,
+        page_size: int = 4,
+        caching: bool = True,
+        slots: int = 2,
+        delay: int = 2,
+        sizes: dict[str, int] | None = None,
+        orderly: bool = True,
+        seqs: int = 8,
+        tokens: int = 16,
+        queue: int = 1000,
+        patience: float = 5,
+    ) -> None:
+        self.now = 0
+        self.pool = PagePool(pages, page_size, caching)
+        self.gate = Gate(slots, delay, sizes, orderly)
+        self.scheduler = Scheduler(
+            self.pool,
+            self.gate,
+            max_num_seqs=seqs,
+            max_num_batched_tokens=tokens,
+            max_queue=queue,
+            slot_patience=patience,
+            max_model_len=200,
+            clock=lambda: self.now,
+        )
+        self.values = [[0] * page_size for _ in range(pages)]
+        self.first_token: dict[str, int] = {}  # id -> seconds from its arrival
+        self.done: dict[str, Sequence] = {}
+        self.expired: dict[str, Sequence] = {}
+        self._names = count()
+
+    def add(
+        self,
+        prompt: list[int],
+        max_tokens: int = 4,
+        adapter: str | None = None,
+        deadline: float | None = None,
+    ) -> Sequence:
+        sequence = Sequence(
+            id=f"request-{next(self._names)}",
+            tokens=list(prompt),
+            sampling=SamplingParams(max_tokens=max_tokens),
+            adapter=adapter,
+            arrival=self.now,
+            deadline=deadline,
+        )
+        self.scheduler.add(sequence)
+        return sequence
+
+    def step(self) -> Batch:
+        self.now += 1
+        self.gate.tick()
+        self.expired |= {sequence.id: sequence for sequence in self.scheduler.expired()}
+        batch = self.scheduler.schedule()
+        self.check_plan(batch)
+        sampled = {}
+        for item in batch.items:
+            token = self.compute(item.sequence, item.start, item.count)
+            if item.samples:
+                sampled[item.sequence.id] = token
+        self.scheduler.commit(batch, sampled)
+        for item in batch.items:
+            sequence = item.sequence
+            if item.samples:
+                self.first_token.setdefault(sequence.id, int(self.now - sequence.arrival))
+            if sequence.num_output_tokens == sequence.sampling.max_tokens:
+                self.scheduler.finish(sequence)
+                self.done[sequence.id] = sequence
+        self.check_state()
+        return batch
+
+    def run(self, limit: int = 2000) -> None:
+        """Until nothing is left."""
+        while self.scheduler.waiting or self.scheduler.running:
+            limit -= 1
+            assert limit, f"{self.scheduler.waiting} and {self.scheduler.running} do not finish"
+            self.step()
+        for sequence in self.done.values():
+            prompt = sequence.tokens[: sequence.num_prompt_tokens]
+            output = sequence.tokens[sequence.num_prompt_tokens :]
+            assert output == expected(sequence.adapter, prompt, sequence.sampling.max_tokens), sequence.id
+        assert self.pool.used == 0
+        assert all(entry.users == 0 for entry in self.gate.resident.values())
+        assert self.scheduler.adapter_counts() == {}
+
+    def compute(self, sequence: Sequence, start: int, chunk: int) -> int:
+        size = self.pool.page_size
+        values = [self.values[sequence.pages[i // size]][i % size] for i in range(start)]
+        for position in range(start, start + chunk):
+            before = values[-1] if values else root(sequence.adapter)
+            values.append(value(before, sequence.tokens[position], position))
+            self.values[sequence.pages[position // size]][position % size] = values[-1]
+        return next_token(values)
+
+    def check_plan(self, batch: Batch) -> None:
+        scheduler = self.scheduler
+        assert sum(item.count for item in batch.items) <= scheduler.max_num_batched_tokens
+        assert len(scheduler.running) <= scheduler.max_num_seqs
+        planned = [item.sequence for item in batch.items]
+        assert len(set(planned)) == len(planned)
+        writers = Counter[int]()
+        for item in batch.items:
+            sequence, stop = item.sequence, item.start + item.count
+            assert sequence in scheduler.running
+            assert item.count > 0
+            assert item.start == sequence.num_computed
+            assert item.samples == (stop == len(sequence.tokens))
+            first = item.start // self.pool.page_size
+            written = sequence.pages[first : self.pool.pages_for(stop)]
+            assert len(written) == self.pool.pages_for(stop) - first
+            writers.update(written)
+            if sequence.adapter is None:
+                assert sequence.slot == -1
+            else:
+                entry = self.gate.resident[sequence.adapter]
+                assert (sequence.slot, entry.ready <= self.gate.now) == (entry.slot, True)
+        assert all(times == 1 for times in writers.values())
+        users = Counter(page for sequence in scheduler.running for page in sequence.pages)
+        assert all(users[page] == 1 for page in writers)  # a page that others read is never written
+
+    def check_state(self) -> None:
+        scheduler = self.scheduler
+        for sequences in (scheduler.waiting, scheduler.running):
+            assert all(a.order < b.order for a, b in pairwise(sequences))
+        for sequence in scheduler.waiting:
+            assert not sequence.pages
+            assert sequence.num_computed == 0
+        users = Counter(page for sequence in scheduler.running for page in sequence.pages)
+        assert self.pool.used == len(users)
+        assert [users[page] for page in range(self.pool.num_pages)] == self.pool._references
+        for sequence in scheduler.running:
+            assert 0 < self.pool.pages_for(sequence.num_computed) <= len(sequence.pages)
+        slots = Counter(s.adapter for s in [*scheduler.waiting, *scheduler.running] if s.slot >= 0)
+        assert {digest: entry.users for digest, entry in self.gate.resident.items() if entry.users} == slots
+
+
+def planned(batch: Batch) -> list[tuple[str, int, int, bool]]:
+    return [(item.sequence.id, item.start, item.count, item.samples) for item in batch.items]
+
+
+# ---- the plan ---------------------------------------------------------------------------------------
+
+
+def test_decodes_first_then_prefills_then_new_ones_within_the_token_budget() -> None:
+    sim = Simulation(tokens=8)
+    sim.add([1] * 20)
+    assert planned(sim.step()) == [("request-0", 0, 8, False)]
+    sim.add([2] * 3)
+    sim.add([3] * 9)
+    assert planned(sim.step()) == [("request-0", 8, 8, False)]
+    assert planned(sim.step()) == [
+        ("request-0", 16, 4, True),
+        ("request-1", 0, 3, True),
+        ("request-2", 0, 1, False),
+    ]
+    assert planned(sim.step()) == [
+        ("request-0", 20, 1, True),
+        ("request-1", 3, 1, True),
+        ("request-2", 1, 6, False),
+    ]
+    sim.run()
+
+
+def test_the_number_of_sequences_is_bounded() -> None:
+    sim = Simulation(seqs=2)
+    for token in range(5):
+        sim.add([token])
+    assert [len(sim.step().items) for _ in range(4)] == [2, 2, 2, 2]
+    sim.run()
+    assert list(sim.done) == [f"request-{i}" for i in range(5)]
+
+
+def test_planning_twice_plans_the_same() -> None:
+    sim = Simulation(tokens=6)
+    for token in range(3):
+        sim.add([token] * 5)
+    for _ in range(4):
+        assert planned(sim.scheduler.schedule()) == planned(sim.scheduler.schedule())
+        sim.step()
+    sim.run()
+
+
+def test_a_sequence_taken_out_during_a_step_is_skipped_by_commit() -> None:
+    sim = Simulation()
+    gone, kept = sim.add([1] * 4), sim.add([2] * 4)
+    batch = sim.scheduler.schedule()
+    assert sim.scheduler.cancel(gone.id)
+    sim.scheduler.commit(batch, {gone.id: 7, kept.id: 8})
+    assert (gone.tokens, kept.tokens) == ([1] * 4, [2] * 4 + [8])
+    assert sim.pool.used == len(kept.pages)
+
+
+# ---- pages ------------------------------------------------------------------------------------------
+
+
+def test_the_latest_arrival_is_preempted_and_resumes_to_the_same_output() -> None:
+    sim = Simulation(pages=6)
+    first, second = sim.add([1] * 8, max_tokens=12), sim.add([2] * 8, max_tokens=12)
+    while not sim.scheduler.preemptions:
+        sim.step()
+    assert (sim.scheduler.running, sim.scheduler.waiting) == ([first], [second])
+    assert (first.preemptions, second.preemptions) == (0, 1)
+    third = sim.add([3])
+    assert sim.scheduler.waiting == [second, third]  # it keeps its place
+    while not third.is_running:
+        sim.step()
+    assert second.is_running
+    sim.run()
+    assert next(iter(sim.done)) == first.id
+
+
+def test_nothing_is_preempted_to_admit_a_newcomer() -> None:
+    sim = Simulation(pages=4)
+    sim.add([1] * 13, max_tokens=3)
+    sim.step()
+    newcomer = sim.add([2])
+    for _ in range(2):
+        assert not newcomer.is_running
+        sim.step()
+    sim.run()
+    assert sim.scheduler.preemptions == 0
+
+
+def test_smaller_requests_do_not_starve_one_that_waits_for_pages() -> None:
+    sim = Simulation(pages=8, tokens=64)
+    sim.add([1] * 16, max_tokens=8)
+    sim.step()
+    large = sim.add([2] * 28, max_tokens=2)
+    while not large.is_running:
+        sim.add([3], max_tokens=3)
+        sim.step()
+        assert large.is_running or all(other.order < large.order for other in sim.scheduler.running)
+    sim.run()
+
+
+def test_a_sequence_waiting_for_pages_keeps_its_slot() -> None:
+    sim = Simulation(pages=8, tokens=64, slots=1, delay=1)
+    sim.add([1] * 16, max_tokens=12)
+    sim.step()
+    large = sim.add([2] * 28, max_tokens=2, adapter="a")
+    for other in "bcdefgh":
+        sim.step()
+        sim.add([3], adapter=other)
+    assert large.slot == 0
+    sim.run()
+    assert list(sim.done)[:2] == ["request-0", large.id]
+
+
+def test_a_prefix_is_reused_within_an_adapter_and_never_across() -> None:
+    sim = Simulation()
+    prompt = list(range(18))
+    for adapter in (None, "a", "b"):
+        for round in range(2):
+            sequence = sim.add(prompt, adapter=adapter)
+            sim.run()
+            assert sequence.num_cached == (16 if round else 0)
+    continued = sim.add([*prompt, *expected("a", prompt, 4), 1], adapter="a")
+    sim.run()
+    assert continued.num_cached == 20  # 18 + 3 output tokens were computed, which is 5 full pages
+    assert (sim.pool.hit_tokens, sim.pool.query_tokens) == (3 * 16 + 20, 6 * 18 + 23)
+
+
+# ---- slots ------------------------------------------------------------------------------------------
+
+
+def test_a_loading_adapter_holds_nobody_up() -> None:
+    sim = Simulation(slots=2, delay=10)
+    slow = sim.add([1], adapter="a")
+    base = sim.add([2])
+    sim.step()
+    assert base.num_output_tokens == 1
+    sim.run()
+    assert sim.first_token[slow.id] in (10, 11)
+
+
+def test_the_base_needs_no_slot() -> None:
+    sim = Simulation(slots=1)
+    sim.add([1], max_tokens=50, adapter="a")
+    for _ in range(10):
+        sim.step()
+    base = sim.add([2])
+    sim.run()
+    assert sim.first_token[base.id] == 1
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_an_adapter_yields_after_the_patience_of_another(caching: bool) -> None:
+    sim = Simulation(slots=1, delay=2, patience=5, caching=caching)
+    long = sim.add([1] * 10, max_tokens=60, adapter="a")
+    for _ in range(10):
+        sim.step()
+    short = sim.add([2], max_tokens=3, adapter="b")
+    sim.run()
+    assert 5 <= sim.first_token[short.id] <= 5 + 2 + 2
+    assert list(sim.done) == [short.id, long.id]
+    assert long.preemptions == 1
+
+
+def test_a_pinned_adapter_is_not_preempted_for_a_slot() -> None:
+    sim = Simulation(slots=2, delay=1, patience=5)
+    sim.gate.pinned.add("pinned")
+    kept = sim.add([1] * 4, max_tokens=60, adapter="pinned")
+    for _ in range(3):
+        sim.step()
+    other = sim.add([2] * 4, max_tokens=60, adapter="a")
+    for _ in range(10):
+        sim.step()
+    late = sim.add([3], max_tokens=3, adapter="b")
+    sim.run()
+    assert (kept.preemptions, other.preemptions) == (0, 1)
+    assert sim.first_token[late.id] < 30
+
+
+def test_the_slot_held_longest_yields() -> None:
+    sim = Simulation(slots=3, patience=5)
+    a, b, c = (sim.add([1], max_tokens=80, adapter=digest) for digest in "abc")
+    b_again = sim.add([2], max_tokens=80, adapter="b")
+    for _ in range(4):
+        sim.step()
+    sim.scheduler.cancel(a.id)
+    a = sim.add([1], max_tokens=80, adapter="a")  # now the youngest hold
+    for _ in range(10):
+        sim.step()
+    sim.add([3], max_tokens=80, adapter="d")
+    while not sim.scheduler.preemptions:
+        sim.step()
+    assert [s.preemptions for s in (a, b, b_again, c)] == [0, 1, 1, 0]
+    sim.run()
+
+
+def test_a_slot_is_kept_for_as_long_as_the_patience() -> None:
+    sim = Simulation(slots=1, delay=1, patience=8)
+    sequences = [sim.add([i], max_tokens=30, adapter=f"adapter-{i}") for i in range(3)]
+    holder, since = None, 0
+    while sim.scheduler.waiting:
+        held = {item.sequence.adapter for item in sim.step().items}
+        if held and held != {holder}:
+            assert holder is None or sim.now - since >= 8 or sim.done
+            (holder,), since = held, sim.now
+    sim.run()
+    assert max(sim.first_token[s.id] for s in sequences) <= 2 * (8 + 1 + 2) + 2
+
+
+def test_more_adapters_than_slots_each_get_on_in_time() -> None:
+    sim = Simulation(slots=4, delay=1, patience=10, seqs=32, tokens=64, pages=400)
+    sequences = [sim.add([i] * 5, max_tokens=100, adapter=f"adapter-{i}") for i in range(20)]
+    sim.run(limit=1500)
+    waits = sorted(sim.first_token[s.id] for s in sequences)
+    assert waits[3] <= 2
+    assert waits[-1] <= 20 / 4 * (10 + 1 + 2)
+
+
+def test_an_adapter_in_demand_cannot_keep_its_slot_from_another() -> None:
+    """A request for `a` is in the middle of its prefill at each step, and ends with its first token."""
+    sim = Simulation(slots=1, delay=1, patience=5, tokens=16, pages=400, seqs=4)
+    for step in range(30):
+        sim.add([step] * 31, max_tokens=1, adapter="a")
+        if step == 1:
+            late = sim.add([1], adapter="b")
+        sim.step()
+    sim.run()
+    assert sim.first_token[late.id] <= 5 + 2 * 3 + 1 + 1
+
+
+def test_yielding_never_undoes_all_progress() -> None:
+    """The prefill takes longer than the patience and nothing is cached: a slot is kept until it pays."""
+    sim = Simulation(slots=1, delay=1, patience=2, tokens=4, caching=False)
+    for digest in "abc":
+        sim.add([1] * 40, max_tokens=3, adapter=digest)
+    sim.run(limit=300)
+    assert sim.scheduler.preemptions > 0
+
+
+def test_a_large_adapter_gets_the_room_of_several() -> None:
+    """Also when they must yield at different times: one that has yielded does not come back meanwhile."""
+    sim = Simulation(slots=3, delay=1, sizes={"large": 3}, patience=5)
+    small = [sim.add([1], max_tokens=80, adapter=digest) for digest in "ab"]
+    sim.add([1], max_tokens=6, adapter="c")
+    for _ in range(4):
+        sim.step()
+    large = sim.add([2], max_tokens=3, adapter="large")
+    for _ in range(4):
+        sim.step()
+    assert [s.adapter for s in sim.scheduler.running] == ["a", "b"]
+    small.append(
+        sim.add([1], max_tokens=80, adapter="c")
+    )  # resident still: gets its slot, and keeps it for 5
+    sim.run()
+    assert sim.first_token[large.id] <= 4 + 1 + 5 + 1 + 1
+    assert [s.preemptions for s in small] == [1, 1, 1]
+
+
+def test_no_slot_is_yielded_to_one_that_lacks_more_than_a_slot() -> None:
+    """`b` waits behind a preempted sequence that waits for pages: the slot of `a` would not help it."""
+    sim = Simulation(slots=1, delay=1, patience=5, pages=10, tokens=64)
+    a, base = sim.add([1], max_tokens=30, adapter="a"), sim.add([2] * 24, max_tokens=12)
+    for _ in range(5):
+        sim.step()
+    b = sim.add([3], adapter="b")
+    sim.run()
+    assert (a.preemptions, base.preemptions, b.preemptions) == (0, 1, 0)
+    assert next(iter(sim.done)) == a.id
+
+
+def test_patience_begins_anew_with_a_new_request() -> None:
+    sim = Simulation(slots=1, delay=1, patience=5)
+    sim.add([1], max_tokens=60, adapter="a")
+    for _ in range(3):
+        sim.step()
+    gone = sim.add([2], adapter="b")
+    for _ in range(4):
+        sim.step()
+    sim.scheduler.cancel(gone.id)
+    for _ in range(4):
+        sim.step()
+    late = sim.add([2], adapter="b")
+    sim.run()
+    assert 5 <= sim.first_token[late.id] <= 5 + 1 + 2
+
+
+def test_the_adapter_of_a_queued_request_is_loaded_meanwhile() -> None:
+    sim = Simulation(seqs=1, delay=5)
+    sim.add([1], max_tokens=6)
+    queued = sim.add([2], adapter="a")
+    sim.run()
+    assert sim.first_token[queued.id] == 7
+
+
+def test_no_slot_is_yielded_while_one_can_be_had() -> None:
+    sim = Simulation(slots=3, delay=20, patience=2)
+    for digest in "abc":
+        sim.add([1], max_tokens=50, adapter=digest)
+    sim.run()
+    assert sim.scheduler.preemptions == 0
+
+
+# ---- in and out -------------------------------------------------------------------------------------
+
+
+def test_a_full_queue_refuses() -> None:
+    sim = Simulation(queue=2)
+    sim.add([1])
+    sim.add([2])
+    with pytest.raises(QueueFull, match="2 requests are waiting"):
+        sim.add([3])
+    sim.run()
+    assert len(sim.done) == 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "param", "message"),
+    [
+        (0, 1, "prompt", "no tokens"),
+        (200, 1, "prompt", "200 tokens and the context holds 200"),
+        (30, 12, "max_tokens", "need a KV cache of 41 tokens and it holds 40"),
+    ],
+)
+def test_what_can_never_run_is_refused(prompt: int, max_tokens: int, param: str, message: str) -> None:
+    sim = Simulation(pages=10)
+    with pytest.raises(InvalidRequest, match=message) as raised:
+        sim.add([1] * prompt, max_tokens)
+    assert raised.value.param == param
+    assert not sim.scheduler.waiting
+
+
+def test_what_just_fits_runs() -> None:
+    sim = Simulation(pages=10)
+    sim.add([1] * 30, max_tokens=11)
+    sim.run()
+    assert len(sim.done) == 1
+
+
+def test_an_id_in_use_is_refused() -> None:
+    sim = Simulation()
+    with pytest.raises(InvalidRequest, match="'request-0' is in use"):
+        sim.scheduler.add(sim.add([1]))
+
+
+def test_cancel_waiting_running_and_gone() -> None:
+    sim = Simulation(seqs=1)
+    running, waiting = sim.add([1], adapter="a"), sim.add([2], adapter="b")
+    for _ in range(4):
+        sim.step()
+    assert sim.scheduler.adapter_counts() == {"a": AdapterCounts(1, 0), "b": AdapterCounts(0, 1)}
+    for sequence in (running, waiting):
+        assert sim.scheduler.cancel(sequence.id)
+        assert not sim.scheduler.cancel(sequence.id)
+    sim.run(limit=1)
+    assert not sim.done
+
+
+def test_a_failed_adapter_takes_its_sequences_with_it() -> None:
+    sim = Simulation(seqs=1)
+    failing = [sim.add([i], adapter="a") for i in range(2)]
+    other = sim.add([2], adapter="b")
+    for _ in range(4):
+        sim.step()
+    assert failing[0].is_running
+    assert sim.scheduler.fail_adapter("a") == failing
+    sim.run()
+    assert list(sim.done) == [other.id]
+
+
+def test_deadlines_end_waiting_and_running_sequences() -> None:
+    sim = Simulation(seqs=1)
+    running, waiting = sim.add([1], max_tokens=20, deadline=5), sim.add([2], deadline=3)
+    last = sim.add([3], deadline=100)
+    sim.run()
+    assert list(sim.expired) == [waiting.id, running.id]
+    assert running.num_output_tokens == 4
+    assert list(sim.done) == [last.id]
+
+
+# ---- everything at once -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orderly", [True, False])
+@pytest.mark.parametrize("seed", range(12))
+def test_soak(seed: int, orderly: bool) -> None:
+    """20 adapters over 4 slots with cancellations, deadlines, shared prefixes and too few pages."""
+    rng = random.Random(seed)
+    sim = Simulation(
+        pages=rng.choice([24, 40]),
+        page_size=rng.choice([2, 4]),
+        caching=bool(seed % 3),
+        slots=4,
+        delay=rng.randrange(1, 6),
+        sizes={f"adapter-{i}": rng.randrange(1, 4) for i in range(20)} if seed % 2 else None,
+        orderly=orderly,
+        seqs=rng.choice([6, 16]),
+        tokens=rng.choice([7, 16, 64]),
+        patience=rng.choice([1, 5, 12]),
+    )
+    room = sim.pool.num_pages * sim.pool.page_size
+    prefixes = [[rng.randrange(VOCABULARY) for _ in range(12)] for _ in range(3)]
+    doomed: dict[int, str] = {}  # step -> id
+    cancelled = 0
+    for step in range(400):
+        if step < 300 and rng.random() < 0.5:
+            prompt = rng.choice(prefixes)[: rng.randrange(13)] + [rng.randrange(3)] * rng.randrange(1, 12)
+            adapter = rng.choice([None, *(f"adapter-{rng.randrange(20)}" for _ in range(5))])
+            max_tokens = rng.randrange(1, min(24, room - len(prompt)))
+            deadline = step + rng.randrange(5, 100) if rng.random() < 0.1 else None
+            sequence = sim.add(prompt, max_tokens, adapter, deadline)
+            if rng.random() < 0.1:
+                doomed[step + rng.randrange(1, 40)] = sequence.id
+        cancelled += step in doomed and sim.scheduler.cancel(doomed[step])
+        if rng.random() < 0.01:
+            sim.pool.forget(f"adapter-{rng.randrange(20)}")
+        sim.step()
+    sim.run(limit=10_000)  # a patience shorter than a load and a prefill is slow, but ends
+    assert len(sim.done) + len(sim.expired) + cancelled == next(sim._names)
+    assert len(sim.done) > 60
+    assert sim.gate.loads > 20
+    assert sim.scheduler.preemptions > 10
+    assert (sim.pool.hit_tokens > 0) == sim.pool.prefix_caching

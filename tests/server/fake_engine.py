@@ -1,0 +1,243 @@
+"""A process that speaks the engine's protocol with a toy model, so that server tests use the real wire.
+
+The model repeats its prompt, in a cycle, from a start that the seed chooses when the temperature is not 0;
+an adapter moves the start by one. It ends with the end-of-sequence token after `--repeats` rounds. Every
+message it gets is appended to `--log` as one JSON line. It imports no torch.
+
+An adapter's config steers its check: `refuse` is the message to refuse it with, `wait_for` the path of a file
+without which the answer waits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from veneer.engine.config import EngineConfig
+from veneer.engine.messages import (
+    AdapterChecked,
+    AdapterInfo,
+    AdapterStats,
+    Cancel,
+    CheckAdapter,
+    Done,
+    DropAdapter,
+    EngineInfo,
+    Generate,
+    Outputs,
+    PinAdapter,
+    Ready,
+    Reply,
+    Request,
+    SequenceOutput,
+    Shutdown,
+    Stats,
+    TokenLogprobs,
+    WireError,
+    encoder,
+    request_decoder,
+)
+
+EOS = 0
+VOCAB_SIZE = 512
+CONTEXT = 256
+
+
+def model(request: Generate, repeats: int) -> Iterator[int]:
+    """The tokens that follow a prompt."""
+    sampling = request.sampling
+    start = sampling.seed if sampling.temperature else 0
+    start += request.adapter is not None
+    for step in itertools.count():
+        if step == repeats * len(request.prompt) and not sampling.ignore_eos:
+            yield EOS
+        yield request.prompt[(start + step) % len(request.prompt)]
+
+
+class Sequence:
+    """One request under way."""
+
+    def __init__(self, request: Generate, repeats: int) -> None:
+        self.request = request
+        self.tokens = model(request, repeats)
+        self.count = 0
+        self.expires = None if request.deadline is None else time.monotonic() + request.deadline
+
+    def step(self) -> SequenceOutput:
+        sampling = self.request.sampling
+        if self.expires is not None and time.monotonic() > self.expires:
+            message = f"The request did not finish within its {self.request.deadline:g} seconds."
+            return SequenceOutput(id=self.request.id, error=WireError(504, "deadline_exceeded", message))
+        token = next(self.tokens)
+        self.count += 1
+        stops = token in sampling.stop_token_ids or (token == EOS and not sampling.ignore_eos)
+        reason = "stop" if stops else "length" if self.count == sampling.max_tokens else None
+        logprobs = []
+        if sampling.logprobs is not None:
+            top = [token, *range(1, sampling.logprobs)][: sampling.logprobs]
+            logprobs = [TokenLogprobs(-0.5, top, [-0.5 - 0.25 * n for n in range(len(top))])]
+        return SequenceOutput(
+            id=self.request.id,
+            tokens=[token],
+            logprobs=logprobs,
+            finish_reason=reason,
+            stop_token=token if stops else None,
+            cached_tokens=len(self.request.prompt) // 2 if self.count == 1 else 0,
+        )
+
+
+class FakeEngine:
+    def __init__(self, address: str, config: EngineConfig, options: argparse.Namespace) -> None:
+        self.config, self.options = config, options
+        self.socket: zmq.Socket[bytes] = zmq.Context().socket(zmq.PAIR)
+        self.socket.connect(address)
+        self.sequences: dict[str, Sequence] = {}
+        self.checks: list[CheckAdapter] = []  # not answered yet
+        self.adapters: set[str] = set()
+        self.pinned: set[str] = set()
+
+    def serve(self) -> None:
+        time.sleep(self.options.load_seconds)
+        self.send(Ready(info=self.info()))
+        while os.getppid() == self.options.parent:
+            timeout = int(self.options.step_seconds * 1000) if self.sequences else 100
+            while self.socket.poll(timeout):
+                timeout = 0
+                message = request_decoder.decode(self.socket.recv())
+                self.log(message)
+                if isinstance(message, Shutdown):
+                    return
+                self.handle(message)
+            self.checks = [check for check in self.checks if not self.checked(check)]
+            self.step()
+
+    def handle(self, message: Request) -> None:
+        match message:
+            case Generate():
+                self.accept(message)
+            case Cancel():
+                self.sequences.pop(message.id, None)
+            case CheckAdapter():
+                self.checks.append(message)
+            case DropAdapter():
+                self.adapters.discard(message.digest)
+                self.send(Done(call=message.call))
+            case PinAdapter():
+                (self.pinned.add if message.pinned else self.pinned.discard)(message.digest)
+                self.send(Done(call=message.call))
+
+    def accept(self, message: Generate) -> None:
+        if len(self.sequences) < self.config.max_queue:
+            self.sequences[message.id] = Sequence(message, self.options.repeats)
+            return
+        error = WireError(429, "queue_full", f"The queue is full ({self.config.max_queue} sequences).")
+        self.send(Outputs(items=[SequenceOutput(id=message.id, error=error)]))
+
+    def checked(self, message: CheckAdapter) -> bool:
+        """Answer a check, unless it has to wait."""
+        config = json.loads((Path(message.folder) / "adapter_config.json").read_text())
+        if "wait_for" in config and not Path(config["wait_for"]).exists():
+            return False
+        if "refuse" in config:
+            error = WireError(400, "adapter_refused", config["refuse"], "files")
+            self.send(AdapterChecked(call=message.call, error=error))
+            return True
+        base = config.get("base_model_name_or_path", "")
+        info = AdapterInfo(kind="lora", primitives=["low_rank"], rank=8, sites=1, bytes=1024, base_model=base)
+        self.adapters.add(message.digest)
+        self.send(AdapterChecked(call=message.call, info=info))
+        return True
+
+    def step(self) -> None:
+        items = [sequence.step() for sequence in self.sequences.values()]
+        for item in items:
+            if item.finish_reason or item.error:
+                del self.sequences[item.id]
+        if items:
+            self.send(Outputs(items=items))
+        self.send(self.stats())
+
+    def send(self, message: Reply) -> None:
+        self.socket.send(encoder.encode(message))
+
+    def log(self, message: Request) -> None:
+        line = {"type": type(message).__name__} | msgspec.to_builtins(message)
+        with self.options.log.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def info(self) -> EngineInfo:
+        return EngineInfo(
+            model_type="fake",
+            device="cpu",
+            device_name="none",
+            dtype="float32",
+            quantization=self.config.quantization,
+            kernels="torch",
+            base_bytes=0,
+            vocab_size=VOCAB_SIZE,
+            max_model_len=CONTEXT,
+            eos_token_ids=[EOS],
+            num_pages=1,
+            page_size=16,
+            max_loras=self.config.max_loras,
+            max_lora_rank=self.config.max_lora_rank,
+            adapter_memory=0,
+            host_adapter_memory=0,
+        )
+
+    def stats(self) -> Stats:
+        return Stats(
+            running=len(self.sequences),
+            waiting=0,
+            pages_used=0,
+            pages_total=1,
+            steps=0,
+            prefill_tokens=0,
+            decode_tokens=0,
+            prefix_hit_tokens=0,
+            prefix_query_tokens=0,
+            preemptions=0,
+            adapters=self.adapter_stats(),
+            device_adapter_bytes=0,
+            host_adapter_bytes=0,
+        )
+
+    def adapter_stats(self) -> dict[str, AdapterStats]:
+        used = Counter(sequence.request.adapter for sequence in self.sequences.values())
+        known = self.adapters | self.pinned | {digest for digest in used if digest is not None}
+        return {
+            digest: AdapterStats(
+                host=True, device=digest in self.pinned, pinned=digest in self.pinned, running=used[digest]
+            )
+            for digest in known
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--log", type=Path, required=True)
+    parser.add_argument("--step-seconds", type=float, default=0.002)
+    parser.add_argument("--load-seconds", type=float, default=0.0)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--exit-at-start", action="store_true")
+    parser.add_argument("address")
+    options = parser.parse_args()
+    options.parent = os.getppid()
+    config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
+    if options.exit_at_start:
+        sys.exit(3)
+    FakeEngine(options.address, config, options).serve()
+
+
+if __name__ == "__main__":
+    main()
