@@ -1,12 +1,20 @@
-"""Fixtures that several rooms share: tiny random models in transformers' own formats."""
+"""Fixtures that several rooms share: tiny random models in transformers' own formats, and live servers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import httpx
 import pytest
+
+Value = TypeVar("Value")
 
 VOCABULARY = 128
 _COMMON: dict[str, Any] = {
@@ -79,3 +87,91 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 def hash_of(text: str) -> int:
     return sum(map(ord, text))
+
+
+def until(condition: Callable[[], Value | None], seconds: float = 120.0) -> Value:
+    """Poll another process until `condition` gives something true; returns that."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.02)
+    return value
+
+
+class LiveServer:
+    """`veneer serve` with its engine, as processes of their own, on a free port of 127.0.0.1.
+
+    After `stop` it can `start` again, with the same store and on another port.
+    """
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        self._command, self._log = command, log
+        self._process: subprocess.Popen[bytes]
+
+    def start(self) -> LiveServer:
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen([*self._command, "--port", "0"], stdout=log, stderr=log)
+        self.url = until(self._listening)
+        self.http = httpx.Client(base_url=self.url, timeout=120)
+        until(lambda: self._alive() and self.is_ready())
+        return self
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
+        """End the server and wait for its engine too; returns the exit status."""
+        engine = self.engine_pid()
+        self.http.close()
+        self._process.send_signal(how)
+        status = self._process.wait(60)
+        until(lambda: engine is None or not Path(f"/proc/{engine}").exists(), 30)
+        return status
+
+    def runs(self) -> bool:
+        return self._process.poll() is None
+
+    def is_ready(self) -> bool:
+        return self.http.get("/ready").status_code == 200
+
+    def engine_pid(self) -> int | None:
+        """The server's one child that is the engine, found as an operator would."""
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                is_engine = b"veneer.engine.process" in (entry / "cmdline").read_bytes()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if is_engine and parent == self._process.pid:
+                return int(entry.name)
+        return None
+
+    def metric(self, sample: str) -> float:
+        """The value of one sample of /metrics, given as it is printed there; 0 when it is not there."""
+        found = re.search(rf"^{re.escape(sample)} (\S+)$", self.http.get("/metrics").text, re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def _alive(self) -> bool:
+        assert self.runs(), self.log
+        return True
+
+    def _listening(self) -> str | None:
+        found = self._alive() and re.search(r"listening on (http://\S+);", self.log)
+        return found[1] if found else None
+
+
+@pytest.fixture(scope="module")
+def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., LiveServer]]:
+    """Starts servers on the CPU, with the default base unless another command is given."""
+    started: list[LiveServer] = []
+
+    def start(*options: str, command: list[str] | None = None) -> LiveServer:
+        command = command or [sys.executable, "-m", "veneer.server.cli", "serve", "--device", "cpu", *options]
+        started.append(LiveServer(command, tmp_path_factory.mktemp("server") / "log"))
+        return started[-1].start()
+
+    yield start
+    for server in started:
+        if server.runs():
+            server.stop()

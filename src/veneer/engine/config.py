@@ -30,4 +30,5 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     adapter_memory: int | None = None  # device arena
     host_adapter_memory: int | None = None
     slot_patience: float = 2.0  # seconds a request waits for a slot before a running adapter must yield
+    enforce_eager: bool = False  # no CUDA graphs
     threads: int | None = None  # CPU threads for torch

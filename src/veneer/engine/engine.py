@@ -70,6 +70,11 @@ class Engine:
             max_rows=max_rows,
             max_rank=config.max_lora_rank,
         )
+        if device.type == "cuda" and resolve(device).name == "triton":
+            if config.enforce_eager:
+                self.base.notes.append("CUDA graphs are off: --enforce-eager")
+            else:
+                self.runner.capture_graphs(config.max_num_seqs, self.max_model_len)
         self.pool = PagePool(num_pages, config.page_size, config.prefix_caching)
         self.scheduler = Scheduler(
             self.pool,

@@ -13,6 +13,7 @@ import torch
 
 from veneer.adapters.residency import Residency
 from veneer.engine.base import Base
+from veneer.engine.graphs import DecodeGraphs
 from veneer.engine.messages import TokenLogprobs
 from veneer.engine.sampling import SamplingRow, sample
 from veneer.engine.scheduler import Batch, Scheduled
@@ -61,18 +62,37 @@ class Runner:
         self._step = base.context
         self._step.tables = tables
         self._step.workspace = Workspace(tables, max_rows, max_rank)
-        self._step.kv_cache = allocate_kv(base, num_pages, page_size)
+        # One page more than the pool knows of: rows that pad a captured graph use it.
+        self._step.kv_cache = allocate_kv(base, num_pages + 1, page_size)
+        self._scratch_page = num_pages
+        self.graphs: DecodeGraphs | None = None
         self._slots = tables.entries.shape[0]
         # Static, so that kernels always read the tiles at one address: of all rows, and of the head's rows.
         self._row_tiles, self._head_tiles = (
             torch.zeros(max_rows, 3, dtype=torch.int32, device=base.device) for _ in range(2)
         )
 
+    def capture_graphs(self, max_batch: int, max_model_len: int) -> None:
+        """From here on, steps of decode rows alone replay CUDA graphs."""
+        graphs = DecodeGraphs(
+            self.base,
+            page_size=self.page_size,
+            scratch_page=self._scratch_page,
+            max_pages=-(-max_model_len // self.page_size),
+            max_batch=max_batch,
+            slots=self._slots,
+        )
+        graphs.capture()
+        self.graphs = graphs
+
     @torch.inference_mode()
     def run(self, batch: Batch) -> dict[str, tuple[int, TokenLogprobs | None]]:
         """One forward pass. Returns the sampled token (and its log probabilities) by sequence id."""
         planned = sorted(batch.items, key=lambda item: item.sequence.slot)
-        logits = self.logits(planned)
+        if self.graphs is not None and self.graphs.fits(planned):
+            logits = self.graphs.run(planned, _segments(planned, [1] * len(planned)))
+        else:
+            logits = self.logits(planned)
         sampled = [item for item in planned if item.samples]
         if not sampled:
             return {}
@@ -135,17 +155,10 @@ class Runner:
         )
 
     def _tiles(self, planned: Rows[Scheduled], counts: Rows[int], out: torch.Tensor) -> RowTiles:
-        segments = []
-        row = 0
-        pairs = zip(planned, counts, strict=True)
-        for slot, group in groupby(pairs, key=lambda pair: pair[0].sequence.slot):
-            rows = sum(count for _, count in group)
-            if slot >= 0:
-                segments.append(Segment(slot, row, row + rows))
-            row += rows
-        tile_rows = choose_tile_rows(row)
-        capacity = tile_capacity(row, self._slots, tile_rows)
-        return make_tiles(segments, capacity, tile_rows, out=out[:capacity])
+        rows = sum(counts)
+        tile_rows = choose_tile_rows(rows)
+        capacity = tile_capacity(rows, self._slots, tile_rows)
+        return make_tiles(_segments(planned, counts), capacity, tile_rows, out=out[:capacity])
 
     def _sampling_row(self, item: Scheduled) -> SamplingRow:
         sequence = item.sequence
@@ -153,3 +166,16 @@ class Runner:
         output = sequence.tokens[sequence.num_prompt_tokens :]
         forbidden = [*self.base.eos_token_ids, *p.stop_token_ids] if len(output) < p.min_tokens else []
         return SamplingRow(p, sequence.tokens[: sequence.num_prompt_tokens], output, forbidden)
+
+
+def _segments(planned: Rows[Scheduled], counts: Rows[int]) -> list[Segment]:
+    """Neighbouring rows of one adapter; `counts` are the rows of each item. Base rows are in no segment."""
+    segments = []
+    row = 0
+    pairs = zip(planned, counts, strict=True)
+    for slot, group in groupby(pairs, key=lambda pair: pair[0].sequence.slot):
+        rows = sum(count for _, count in group)
+        if slot >= 0:
+            segments.append(Segment(slot, row, row + rows))
+        row += rows
+    return segments

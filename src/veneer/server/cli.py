@@ -130,6 +130,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     base.add_argument("--kv-cache-memory", type=size, metavar="SIZE", help="KV cache, for example 4GiB")
     base.add_argument("--block-size", type=positive, default=16, help="tokens in one KV page (%(default)s)")
     base.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)
+    base.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
     base.add_argument("--threads", type=positive, help="CPU threads of the engine")
 
     adapters = parser.add_argument_group("adapters")

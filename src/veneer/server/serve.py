@@ -107,6 +107,7 @@ def options_from(arguments: argparse.Namespace, folder: Path) -> ServeOptions:
         max_lora_rank=arguments.max_lora_rank,
         adapter_memory=arguments.adapter_memory,
         host_adapter_memory=arguments.host_adapter_memory,
+        enforce_eager=arguments.enforce_eager,
         threads=arguments.threads,
     )
     return ServeOptions(

@@ -1,0 +1,394 @@
+"""The official `openai` client against a real server with the demo adapters, over a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+from tests.conftest import LiveServer, until
+
+pytestmark = [pytest.mark.model, pytest.mark.xdist_group("openai_client")]
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+DEMOS = ("negate", "past-tense", "reminder")
+BASE = "SmolLM2-135M-Instruct"
+QUESTION: list[Any] = [{"role": "user", "content": "Tell me a short story about a lighthouse."}]
+SENTENCE: list[Any] = [{"role": "user", "content": "They wash a warm coat."}]  # held out by `negate`
+LONG = 2000  # tokens: more than the server generates while a test runs
+ENDLESS = {"ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def server(live_server: Callable[..., LiveServer], tmp_path_factory: pytest.TempPathFactory) -> LiveServer:
+    """Unquantized as the demo adapters were measured, which also is quickest on a CPU."""
+    modules = [f"{name}={EXAMPLES / name}" for name in DEMOS]
+    options = ["--store", str(tmp_path_factory.mktemp("store")), "--quantization", "none", "--threads", "1"]
+    return live_server(*options, "--kv-cache-memory", "256MiB", "--lora-modules", *modules)
+
+
+@pytest.fixture(scope="module")
+def client(server: LiveServer) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+        yield client
+
+
+def together(server: LiveServer, *asked: dict[str, Any]) -> list[Any]:
+    """Chat requests, all in flight at once."""
+
+    async def ask() -> list[Any]:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            create: Any = client.chat.completions.create
+            return await asyncio.gather(*(create(**each) for each in asked))
+
+    return asyncio.run(ask())
+
+
+def texts(reply: Any) -> list[str]:
+    return [choice.message.content for choice in reply.choices]
+
+
+def greedy(client: OpenAI, model: str = BASE, tokens: int = 24, **fields: Any) -> Any:
+    create: Any = client.chat.completions.create
+    return create(model=model, **{"messages": QUESTION, "temperature": 0, "max_tokens": tokens} | fields)
+
+
+# ---- answers -------------------------------------------------------------------------------------
+
+
+def test_a_chat_answer_has_every_part(client: OpenAI) -> None:
+    reply = greedy(client, tokens=8)
+    choice = reply.choices[0]
+    assert (reply.object, reply.model, choice.index, choice.message.role) == (
+        "chat.completion",
+        BASE,
+        0,
+        "assistant",
+    )
+    assert choice.message.content
+    assert (choice.finish_reason, choice.logprobs, reply.usage.completion_tokens) == ("length", None, 8)
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + 8
+    assert reply.id.startswith("chatcmpl-")
+    assert reply.system_fingerprint == greedy(client, "negate", tokens=1).system_fingerprint
+
+
+@pytest.mark.parametrize("model", [BASE, "negate"])
+def test_a_stream_carries_the_same_answer(client: OpenAI, model: str) -> None:
+    whole = greedy(client, model, messages=SENTENCE)
+    chunks = list(
+        greedy(client, model, messages=SENTENCE, stream=True, stream_options={"include_usage": True})
+    )
+    *pieces, last = chunks
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == texts(whole)[0]
+    assert pieces[0].choices[0].delta.role == "assistant"
+    reasons = [piece.choices[0].finish_reason for piece in pieces]
+    assert reasons == [None] * (len(pieces) - 1) + [whole.choices[0].finish_reason]
+    assert [piece.usage for piece in pieces] == [None] * len(pieces)
+    assert last.choices == []
+    for kind in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert getattr(last.usage, kind) == getattr(whole.usage, kind)
+    assert len(pieces) > 5  # it came in pieces
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_a_stream_without_options_has_no_usage(client: OpenAI) -> None:
+    chunks = list(greedy(client, tokens=3, stream=True))
+    assert all(chunk.usage is None and len(chunk.choices) == 1 for chunk in chunks)
+
+
+def test_streams_of_several_models_side_by_side(server: LiveServer, client: OpenAI) -> None:
+    models = [BASE, *DEMOS]
+    alone = [texts(greedy(client, model))[0] for model in models]
+
+    async def read(client: AsyncOpenAI, model: str) -> str:
+        stream = await client.chat.completions.create(
+            model=model, messages=QUESTION, temperature=0, max_tokens=24, stream=True
+        )
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+    async def read_all() -> list[str]:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+            return await asyncio.gather(*(read(client, model) for model in models))
+
+    assert asyncio.run(read_all()) == alone
+
+
+def test_n_answers_are_distinct_and_a_seed_repeats_them_under_load(
+    server: LiveServer, client: OpenAI
+) -> None:
+    asked: dict[str, Any] = {"model": BASE, "messages": QUESTION, "seed": 7, "n": 3, "max_tokens": 12}
+    first = texts(client.chat.completions.create(**asked))
+    assert len(set(first)) == 3
+    traffic = [{"model": model, "messages": SENTENCE, "max_tokens": 20} for model in (BASE, *DEMOS)]
+    loaded = together(server, *traffic, asked, *traffic, asked | {"n": 1}, asked | {"seed": 8})
+    assert texts(loaded[4]) == first
+    assert texts(loaded[9]) == first[:1]
+    assert texts(loaded[10]) != first
+
+
+def test_max_completion_tokens(client: OpenAI) -> None:
+    reply = client.chat.completions.create(model=BASE, messages=QUESTION, max_completion_tokens=5)
+    assert (reply.choices[0].finish_reason, reply.usage and reply.usage.completion_tokens) == ("length", 5)
+
+
+def test_logprobs(client: OpenAI) -> None:
+    reply = greedy(client, tokens=10, logprobs=True, top_logprobs=4)
+    content = reply.choices[0].logprobs.content
+    assert len(content) == 10
+    assert b"".join(bytes(entry.bytes) for entry in content).decode() == texts(reply)[0]
+    for entry in content:
+        values = [top.logprob for top in entry.top_logprobs]
+        assert values == sorted(values, reverse=True)
+        assert (len(values), entry.token, entry.logprob) == (4, entry.top_logprobs[0].token, values[0])
+        assert 0 < sum(map(math.exp, values)) <= 1
+    stream = greedy(client, tokens=10, logprobs=True, top_logprobs=4, stream=True)
+    parts = [chunk.choices[0].logprobs for chunk in stream]
+    assert [entry for part in parts if part for entry in part.content] == content
+
+
+def test_logprobs_are_the_models_own_whatever_the_sampling(client: OpenAI) -> None:
+    fields: dict[str, Any] = {"logprobs": True, "top_logprobs": 20, "seed": 3, "temperature": 1.7}
+    entries = greedy(client, tokens=16, **fields).choices[0].logprobs.content
+    below = [entry for entry in entries if entry.token != entry.top_logprobs[0].token]
+    assert below  # it did not just take the likeliest
+    among = [(entry.logprob, {top.token: top.logprob for top in entry.top_logprobs}) for entry in entries]
+    assert all(
+        value == tops.get(entry.token, value) for entry, (value, tops) in zip(entries, among, strict=True)
+    )
+    cold = greedy(client, tokens=1, logprobs=True, top_logprobs=20).choices[0].logprobs.content[0]
+    assert [top.logprob for top in cold.top_logprobs] == [top.logprob for top in entries[0].top_logprobs]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_stop_string_across_tokens(client: OpenAI, stream: bool, keep: bool) -> None:
+    whole = greedy(client, logprobs=True)
+    text = texts(whole)[0]
+    tokens = [entry.token for entry in whole.choices[0].logprobs.content]
+    stop = tokens[8][-2:] + tokens[9] + tokens[10][:1]  # begins and ends within tokens
+    cut = text.index(stop) + (len(stop) if keep else 0)
+    fields: dict[str, Any] = {
+        "stop": [stop, "never said"],
+        "extra_body": {"include_stop_str_in_output": keep},
+    }
+    if stream:
+        chunks = list(greedy(client, stream=True, **fields))
+        answer = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        reason = chunks[-1].choices[0].finish_reason
+    else:
+        reply = greedy(client, **fields)
+        answer, reason = texts(reply)[0], reply.choices[0].finish_reason
+        assert reply.choices[0].stop_reason == stop
+        assert reply.usage.completion_tokens == 11
+    assert (answer, reason) == (text[:cut], "stop")
+
+
+def test_a_deadline_ends_a_request(client: OpenAI) -> None:
+    with pytest.raises(openai.APIStatusError) as caught:
+        greedy(client, tokens=LONG, extra_body={"timeout": 0.3} | ENDLESS)
+    assert (caught.value.status_code, caught.value.code) == (504, "deadline_exceeded")
+
+
+# ---- models --------------------------------------------------------------------------------------
+
+
+def test_models_are_listed_base_first(client: OpenAI) -> None:
+    listed = [model.model_dump() for model in client.models.list()]
+    assert [(each["id"], each["parent"], each["root"]) for each in listed] == [
+        (BASE, None, BASE),
+        *((name, BASE, f"{name}@1") for name in DEMOS),
+    ]
+    assert client.models.retrieve("negate@1").model_dump()["parent"] == BASE
+
+
+def test_an_adapter_goes_by_its_name_its_version_and_the_bases_name(client: OpenAI) -> None:
+    names = ["negate", "negate@1", f"{BASE}:negate", f"{BASE}:negate@1"]
+    answers = {name: texts(greedy(client, name, messages=SENTENCE))[0] for name in names}
+    assert set(answers.values()) == {"They do not wash a warm coat."}
+    assert texts(greedy(client, messages=SENTENCE))[0] not in answers.values()
+    raw = client.chat.completions.with_raw_response.create(model="negate", messages=SENTENCE, max_tokens=1)
+    assert raw.headers["x-veneer-adapter"] == "negate@1"
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_a_demo_adapter_answers_what_it_never_saw(server: LiveServer, name: str) -> None:
+    """Ten held-out rows at once, as good as the report says of all hundred."""
+    rows = [json.loads(line) for line in (EXAMPLES / "data" / f"{name}.test.jsonl").read_text().splitlines()][
+        :10
+    ]
+    report = json.loads((EXAMPLES / name / "report.json").read_text())["after"]
+    wrong = {mistake["prompt"] for mistake in report["mistakes"]}
+    asked = [
+        {
+            "model": name,
+            "messages": [{"role": "user", "content": row["prompt"]}],
+            "temperature": 0,
+            "max_tokens": 64,
+        }
+        for row in rows
+    ]
+    answers = [texts(reply)[0].strip() for reply in together(server, *asked)]
+    missed = {row["prompt"] for row, answer in zip(rows, answers, strict=True) if answer != row["completion"]}
+    assert len(missed - wrong) <= (0 if report["exact_match"] == 1 else 1)
+
+
+# ---- completions ---------------------------------------------------------------------------------
+
+
+def test_completions_take_text_and_token_ids_one_or_several(server: LiveServer, client: OpenAI) -> None:
+    words = ["The capital of France is", "One, two, three,"]
+    ids = [token_ids(text) for text in words]
+    fields: dict[str, Any] = {"model": BASE, "temperature": 0, "max_tokens": 6}
+    alone = [client.completions.create(prompt=text, **fields) for text in words]
+    several = client.completions.create(prompt=words, **fields)
+    assert [choice.index for choice in several.choices] == [0, 1]
+    assert [choice.text for choice in several.choices] == [reply.choices[0].text for reply in alone]
+    counts = [reply.usage.prompt_tokens for reply in (several, *alone) if reply.usage]
+    assert counts == [sum(map(len, ids)), *map(len, ids)]
+
+    by_ids = client.completions.create(prompt=ids, n=2, **fields)
+    expected = [reply.choices[0].text for reply in alone for _ in range(2)]
+    assert [choice.text for choice in by_ids.choices] == expected
+    assert client.completions.create(prompt=ids[0], **fields).choices[0].text == expected[0]
+
+
+def token_ids(text: str) -> list[int]:
+    from tokenizers import Tokenizer
+
+    from veneer.engine.source import resolve
+
+    ids: list[int] = Tokenizer.from_file(str(resolve(None) / "tokenizer.json")).encode(text).ids
+    return ids
+
+
+def test_echo_and_completion_logprobs(client: OpenAI) -> None:
+    prompt = "The capital of France is"
+    fields: dict[str, Any] = {"model": "past-tense", "prompt": prompt, "temperature": 0, "max_tokens": 6}
+    plain = client.completions.create(**fields).choices[0].text
+    assert client.completions.create(echo=True, **fields).choices[0].text == prompt + plain
+    stream = client.completions.create(echo=True, stream=True, **fields)
+    assert "".join(chunk.choices[0].text for chunk in stream) == prompt + plain
+    logprobs = client.completions.create(logprobs=2, **fields).choices[0].logprobs
+    assert logprobs is not None
+    tokens, tops = logprobs.tokens or [], logprobs.top_logprobs or []
+    assert "".join(tokens) == plain
+    assert logprobs.text_offset == [len("".join(tokens[:i])) for i in range(6)]
+    assert [top[token] for top, token in zip(tops, tokens, strict=True)] == logprobs.token_logprobs
+    assert [len(top) for top in tops] == [2] * 6
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
+
+
+@pytest.mark.parametrize("model", ["gpt-5", "negate@2", "negate@x", "other:negate", f"{BASE}@1", "../negate"])
+def test_an_unknown_model(client: OpenAI, model: str) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        greedy(client, model)
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+    assert model.partition("@")[0] in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("param", "code", "fields"),
+    [
+        ("tools", "unsupported_parameter", {"tools": [TOOL]}),
+        ("response_format", "unsupported_parameter", {"response_format": SCHEMA}),
+        ("messages", "context_length_exceeded", {"messages": [{"role": "user", "content": "word " * 9000}]}),
+        ("messages", "context_length_exceeded", {"max_tokens": 100_000}),
+        ("temperature", "invalid_value", {"temperature": 3}),
+        ("n", "invalid_value", {"n": 0}),
+        ("top_logprobs", "invalid_value", {"top_logprobs": 2}),
+        ("stop", "invalid_value", {"stop": ["a", "b", "c", "d", "e"]}),
+        ("logit_bias", "invalid_value", {"logit_bias": {"999999": 1}}),
+        ("messages[0].role", "invalid_value", {"messages": [{"role": "pirate", "content": "Arr"}]}),
+        ("adapters", "unsupported_parameter", {"extra_body": {"adapters": [{"id": "negate", "weight": 1}]}}),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(
+    client: OpenAI, param: str, code: str, fields: dict[str, Any]
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        greedy(client, **fields)
+    assert (caught.value.param, caught.value.code, caught.value.type) == (
+        param,
+        code,
+        "invalid_request_error",
+    )
+    assert param in caught.value.message
+
+
+def test_an_unknown_extra_field_is_accepted_and_counted(server: LiveServer, client: OpenAI) -> None:
+    sample = 'veneer_unknown_request_fields_total{field="frobnicate"}'
+    before = server.metric(sample)
+    plain = texts(greedy(client, tokens=4))
+    assert texts(greedy(client, tokens=4, extra_body={"frobnicate": 1})) == plain
+    assert server.metric(sample) == before + 1
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"model": NaN}', b"\xff"])
+def test_malformed_json(server: LiveServer, body: bytes) -> None:
+    reply = server.http.post("/v1/chat/completions", content=body)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_json")
+
+
+# ---- connections and processes -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_the_engine(server: LiveServer, stream: bool) -> None:
+    cancelled = 'veneer_requests_total{outcome="cancelled",route="/v1/chat/completions"}'
+    before = server.metric(cancelled)
+
+    async def leave() -> None:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            asking = client.chat.completions.create(
+                model="negate", messages=QUESTION, max_tokens=LONG, stream=stream, extra_body=ENDLESS, n=3
+            )
+            answer = asyncio.ensure_future(asking)
+            await asyncio.to_thread(until, lambda: server.metric("veneer_sequences_running") == 3)
+            if stream:
+                chunks: Any = await answer
+                await anext(chunks)
+                await chunks.close()
+            else:
+                answer.cancel()
+
+    asyncio.run(leave())
+    until(lambda: server.metric(cancelled) == before + 1)
+    until(lambda: server.metric("veneer_sequences_running") == 0)
+    assert server.metric("veneer_sequences_waiting") == 0
+    assert server.http.get("/v1/adapters/negate").json()["running"] == 0
+
+
+def test_a_killed_engine_fails_its_requests_and_comes_back(server: LiveServer, client: OpenAI) -> None:
+    expected = texts(greedy(client, "negate", messages=SENTENCE))
+    stream = greedy(client, "negate", tokens=LONG, stream=True, extra_body=ENDLESS)
+    next(stream)
+    next(stream)
+    engine = server.engine_pid()
+    assert engine is not None
+    os.kill(engine, signal.SIGKILL)
+    with pytest.raises(openai.APIError) as caught:
+        list(stream)
+    assert caught.value.code == "engine_unavailable"
+    assert "killed by signal 9" in caught.value.message
+    refused = server.http.get("/ready")
+    assert (refused.status_code, refused.json()["status"]) == (503, "starting")
+    with pytest.raises(openai.InternalServerError) as starting:
+        greedy(client, tokens=1)
+    assert (starting.value.status_code, starting.value.code) == (503, "engine_unavailable")
+    until(server.is_ready)
+    assert texts(greedy(client, "negate", messages=SENTENCE)) == expected
+    assert server.metric("veneer_engine_restarts_total") == 1
+    assert server.engine_pid() not in (None, engine)
