@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 
+ROOT = Path(__file__).parent.parent
 Value = TypeVar("Value")
 
 VOCABULARY = 128
@@ -98,6 +99,14 @@ def until(condition: Callable[[], Value | None], seconds: float = 120.0) -> Valu
     return value
 
 
+def process_state(pid: int) -> str:
+    """The letter that ps shows: Z has ended and waits for its parent; empty when there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 class LiveServer:
     """`veneer serve` with its engine, as processes of their own, on a free port of 127.0.0.1.
 
@@ -110,10 +119,16 @@ class LiveServer:
 
     def start(self) -> LiveServer:
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen([*self._command, "--port", "0"], stdout=log, stderr=log)
-        self.url = until(self._listening)
-        self.http = httpx.Client(base_url=self.url, timeout=120)
-        until(lambda: self._alive() and self.is_ready())
+            self._process = subprocess.Popen(
+                [*self._command, "--port", "0"], cwd=ROOT, stdout=log, stderr=log
+            )
+        try:
+            self.url = until(self._listening, 240)  # the first ever converts the base
+            self.http = httpx.Client(base_url=self.url, timeout=120)
+            until(lambda: self._alive() and self.is_ready())
+        except BaseException:
+            self._process.kill()
+            raise
         return self
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
@@ -122,7 +137,7 @@ class LiveServer:
         self.http.close()
         self._process.send_signal(how)
         status = self._process.wait(60)
-        until(lambda: engine is None or not Path(f"/proc/{engine}").exists(), 30)
+        until(lambda: engine is None or process_state(engine) in ("", "Z"), 30)
         return status
 
     def runs(self) -> bool:
@@ -174,4 +189,4 @@ def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[.
     yield start
     for server in started:
         if server.runs():
-            server.stop()
+            assert server.stop() == 0, server.log

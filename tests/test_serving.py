@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +13,10 @@ import httpx
 import pytest
 import torch
 from openai import AsyncOpenAI
+from tests.conftest import ROOT, LiveServer
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
 
-ROOT = Path(__file__).parent.parent
 RANKS = (1, 2, 4, 8, 16, 24, 32, 64)
 DEMOS = sorted(p.parent.name for p in (ROOT / "examples").glob("*/adapter_config.json"))
 REQUESTS = 32
@@ -76,59 +71,30 @@ def random_adapters(base_folder: Path, tmp_path_factory: pytest.TempPathFactory)
     return made
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @pytest.fixture(scope="module", params=["none", "nf4"])
 def server(
     request: pytest.FixtureRequest,
+    live_server: Callable[..., LiveServer],
     base_folder: Path,
     random_adapters: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[Server, str]]:
-    """`veneer serve` with four device slots, the demo adapters as modules, the random ones uploaded."""
-    port = free_port()
-    command = [sys.executable, "-m", "veneer.server.cli", "serve", "--port", str(port)]
-    command += ["--store", str(tmp_path_factory.mktemp("store")), "--max-loras", "4"]
-    command += ["--quantization", request.param, "--dtype", "float32", "--device", "cpu"]
-    command += ["--kv-cache-memory", "512MiB"]
-    if DEMOS:
-        command += ["--lora-modules", *(f"{name}={ROOT / 'examples' / name}" for name in DEMOS)]
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONUNBUFFERED": "1"})
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_ready(url, process)
-        adapters = {**{name: ROOT / "examples" / name for name in DEMOS}, **random_adapters}
-        with httpx.Client(base_url=url, timeout=120) as client:
-            for name, folder in random_adapters.items():
-                files = [
-                    ("files", (path, (folder / path).read_bytes()))
-                    for path in ("adapter_config.json", "adapter_model.safetensors")
-                ]
-                reply = client.post("/v1/adapters", data={"name": name}, files=files)
-                assert reply.status_code == 201, reply.text
-            model = client.get("/v1/models").json()["data"][0]["id"]
-        yield Server(url, model, base_folder, adapters), request.param
-    finally:
-        process.terminate()
-        assert process.wait(60) == 0
-
-
-def wait_ready(url: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 180
-    while time.monotonic() < deadline:
-        assert process.poll() is None, "the server ended"
-        try:
-            if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.2)  # between polls of another process
-    raise AssertionError("not ready in time")
+    """Four device slots, the demo adapters as modules, the random ones uploaded."""
+    options = ["--store", str(tmp_path_factory.mktemp("store")), "--max-loras", "4"]
+    options += ["--quantization", request.param, "--dtype", "float32", "--kv-cache-memory", "512MiB"]
+    options += ["--lora-modules", *(f"{name}={ROOT / 'examples' / name}" for name in DEMOS)]
+    live = live_server(*options)
+    for name, folder in random_adapters.items():
+        files = [
+            ("files", (path, (folder / path).read_bytes()))
+            for path in ("adapter_config.json", "adapter_model.safetensors")
+        ]
+        reply = live.http.post("/v1/adapters", data={"name": name}, files=files)
+        assert reply.status_code == 201, reply.text
+    model = live.http.get("/v1/models").json()["data"][0]["id"]
+    adapters = {**{name: ROOT / "examples" / name for name in DEMOS}, **random_adapters}
+    yield Server(live.url, model, base_folder, adapters), request.param
+    assert live.stop() == 0
 
 
 @dataclass(frozen=True)

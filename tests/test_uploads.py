@@ -24,7 +24,7 @@ from tests.conftest import LiveServer, until
 from veneer.adapters.names import CONFIG_FILE, WEIGHTS_FILE
 from veneer.engine.source import resolve
 
-pytestmark = [pytest.mark.model, pytest.mark.xdist_group("uploads")]
+pytestmark = pytest.mark.model
 
 Tensors = dict[str, torch.Tensor]
 Files = dict[str, bytes]

@@ -20,13 +20,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, G
 
 from veneer.adapters.program import Site
 from veneer.engine.layers import ATTENTION_NAME, AdaptedLinear, StepContext
+from veneer.engine.packed import pack_linears
 from veneer.errors import InvalidRequest
+from veneer.kernels.backend import resolve
 
 logger = logging.getLogger(__name__)
 
 PROVEN = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3")
 QUANTIZATIONS = ("nf4", "int8", "none")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PLAIN_RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm")
 # These change their frequencies with the longest position of the whole batch, so beyond the original context
 # one request would change another's numbers.
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -107,7 +110,10 @@ def load_base(folder: Path, *, quantization: str, dtype: torch.dtype, device: to
     model = _load_model(folder, config, quantization, dtype, device)
     notes: list[str] = []
     context = StepContext()
-    sites = _wrap(model, context)
+    packs = dtype == torch.bfloat16 and resolve(device).name == "triton"
+    if device.type == "cuda":
+        fuse_norms(model)
+    sites = wrap_linears(model, context, pack_linears(model) if packs else {})
     return Base(
         model=model,
         config=model.config,
@@ -139,6 +145,7 @@ def _load_model(
             trust_remote_code=False,
             use_safetensors=True,
         )
+    forbid_repacking(model)
     model.eval().requires_grad_(False)
     gc.collect()  # the unquantized weights are garbage now; the base is resident once
     return model
@@ -160,19 +167,42 @@ def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesCo
     )
 
 
-def _wrap(model: nn.Module, context: StepContext) -> dict[str, Site]:
-    """Put an `AdaptedLinear` at each linear layer and hand the step tables to each attention module."""
+def forbid_repacking(model: nn.Module) -> None:
+    """Keep NF4 weights as loaded: bitsandbytes would repack them in place on CPUs with AVX512-BF16.
+
+    After that they can no longer be dequantized.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def fuse_norms(model: nn.Module) -> None:
+    """Replace transformers' RMSNorm, some six kernels, by torch's one. Gemma's (1 + w) is left alone."""
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ in _PLAIN_RMS_NORMS:
+            weight: Any = module.weight
+            eps: Any = module.variance_epsilon
+            norm = nn.RMSNorm(weight.shape[0], eps=eps, device="meta")
+            norm.weight = weight
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, norm)
+
+
+def wrap_linears(
+    model: nn.Module, context: StepContext, replaced: Mapping[str, nn.Module]
+) -> dict[str, Site]:
+    """Put an `AdaptedLinear` at each linear layer and hand the step tables to each attention module.
+
+    `replaced` has, by module path, what computes a layer instead of transformers' own module.
+    """
     head = model.get_output_embeddings()  # type: ignore[operator]
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    sites = {}
+    sites = {name: Site(name, module.in_features, module.out_features) for name, module in linears}
     for index, (name, module) in enumerate(linears):
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # bitsandbytes would repack the weight in place, after which it can no longer be dequantized
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         parent, _, attribute = name.rpartition(".")
-        adapted = AdaptedLinear(module, index, context, is_head=module is head)
+        adapted = AdaptedLinear(replaced.get(name, module), index, context, is_head=module is head)
         setattr(model.get_submodule(parent), attribute, adapted)
-        sites[name] = Site(name, module.in_features, module.out_features)
     for part in model.modules():
         if hasattr(part, "layer_idx") and type(part).__name__.endswith("Attention"):
             part.veneer_step = context  # type: ignore[assignment]

@@ -18,7 +18,7 @@ from veneer.adapters.program import Program
 from veneer.adapters.registry import lower
 from veneer.adapters.residency import Residency
 from veneer.engine import messages
-from veneer.engine.base import load_base, resolve_device, resolve_dtype
+from veneer.engine.base import Base, load_base, resolve_device, resolve_dtype
 from veneer.engine.config import GIB, EngineConfig
 from veneer.engine.messages import AdapterChecked, AdapterInfo, Done, SequenceOutput, WireError
 from veneer.engine.pages import PagePool
@@ -35,13 +35,23 @@ logger = logging.getLogger(__name__)
 class Engine:
     """One resident base with any number of adapters. All methods are called from one thread."""
 
-    def __init__(self, config: EngineConfig, *, wake: Callable[[], None] = lambda: None) -> None:
-        """Load the base. `wake` is called from another thread when `step` has news to look at."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        wake: Callable[[], None] = lambda: None,
+        base: Base | None = None,
+        load: Callable[[Path], Program] | None = None,
+    ) -> None:
+        """Load the base. `wake` is called from another thread when `step` has news to look at.
+
+        Benchmarks bring a `base` of their own and a `load` that makes adapters without files.
+        """
         if config.threads:
             torch.set_num_threads(config.threads)
         device = resolve_device(config.device)
         self.config = config
-        self.base = load_base(
+        self.base = base or load_base(
             Path(config.model),
             quantization=config.quantization,
             dtype=resolve_dtype(config.dtype, device),
@@ -57,7 +67,7 @@ class Engine:
             arena_bytes=config.adapter_memory or _default_arena(device),
             host_bytes=config.host_adapter_memory or _default_host_cache(device),
             wake=wake,
-            load=lambda folder: lower(folder, self.base, config.max_lora_rank),
+            load=load or (lambda folder: lower(folder, self.base, config.max_lora_rank)),
         )
         num_pages = self._num_pages()
         self.max_model_len = self._max_model_len(num_pages)

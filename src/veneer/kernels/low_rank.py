@@ -123,7 +123,8 @@ def low_rank(
 ) -> None:
     """Add the adapters' updates at `site` to y, in place.
 
-    x: [rows, in], y: [rows, out], both contiguous and of the arena's dtype. Raises ValueError otherwise.
+    x: [rows, in], contiguous; y: [rows, out], columns of a wider tensor if need be; both of the arena's dtype.
+    Raises ValueError otherwise.
     """
     run = low_rank_triton if resolve(x.device).name == "triton" else low_rank_torch
     run(x, y, tables, tiles, site, workspace)
@@ -179,6 +180,7 @@ def low_rank_triton(
         y,
         *shared,
         outputs,
+        y.stride(0),
         workspace.rank_bound,
         tables.entries.stride(0),
         SPLITS=sizes.splits,
@@ -192,8 +194,8 @@ def low_rank_triton(
 def _check(x: torch.Tensor, y: torch.Tensor, tables: AdapterTables, workspace: Workspace) -> None:
     if x.dtype != tables.arena.dtype or y.dtype != tables.arena.dtype:
         raise ValueError(f"x is {x.dtype} and y {y.dtype}; both must be the arena's {tables.arena.dtype}")
-    if not (x.is_contiguous() and y.is_contiguous()):
-        raise ValueError("x and y must be contiguous [rows, features]")
+    if not x.is_contiguous() or y.stride(1) != 1:
+        raise ValueError("x must be contiguous [rows, features], and so must each row of y")
     if x.shape[0] != y.shape[0]:
         raise ValueError(f"x has {x.shape[0]} rows and y {y.shape[0]}")
     if workspace.arena is not tables.arena:

@@ -113,27 +113,25 @@ def _rows(recipe: Recipe) -> tuple[list[Row], list[Row]]:
 
 def load_base(recipe: Recipe, folder: Path) -> tuple[Any, Any, list[int]]:
     """Tokenizer, frozen base on its device, and the tokens that end the model's turn."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    device = recipe.device if recipe.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    # NF4 needs bfloat16 compute: with float32 it is a hundred times slower on CPU.
-    narrow = device.startswith("cuda") or recipe.quantization == "nf4"
-    dtype = getattr(torch, recipe.dtype if recipe.dtype != "auto" else "bfloat16" if narrow else "float32")
-    options: dict[str, Any] = {}
-    if recipe.quantization == "nf4":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
+    from veneer.engine.base import forbid_repacking, quantization_config, resolve_device, resolve_dtype
+
+    device = resolve_device(recipe.device)
+    dtype = resolve_dtype(recipe.dtype, device)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     try:
         base = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map=device, use_safetensors=True, trust_remote_code=False, **options
+            folder,
+            dtype=dtype,
+            device_map={"": device},
+            quantization_config=quantization_config(recipe.quantization, dtype),
+            use_safetensors=True,
+            trust_remote_code=False,
         )
     except (ValueError, RuntimeError, ImportError) as error:
         raise InvalidRequest(f"base {served_name(recipe.base)!r} cannot be loaded: {error}") from error
+    forbid_repacking(base)
     configured = base.generation_config.eos_token_id
     stops = configured if isinstance(configured, list) else [configured]
     stops = [stop for stop in dict.fromkeys([tokenizer.eos_token_id, *stops]) if stop is not None]

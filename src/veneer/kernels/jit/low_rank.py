@@ -62,7 +62,7 @@ def shrink(
 
 @triton.jit(do_not_specialize=["site", "rows_total"])
 def expand(
-    y,  # [rows_total, out], added to
+    y,  # [rows_total, out], added to; rows are y_stride apart
     arena,
     entries,
     tiles,
@@ -70,6 +70,7 @@ def expand(
     site,
     rows_total,
     out_features,
+    y_stride,
     rank_bound,
     slot_stride,
     SPLITS: tl.constexpr,
@@ -110,7 +111,7 @@ def expand(
         total = tl.dot(h.to(b_tile.dtype), b_tile, total, input_precision="ieee")
     if bias_offset >= 0:
         total += tl.load(arena + bias_offset + n, mask=inside, other=0.0).to(tl.float32)[None, :]
-    target = y + row[:, None] * out_features + n[None, :]
+    target = y + row[:, None] * y_stride + n[None, :]
     mask = live[:, None] & inside[None, :]
     total += tl.load(target, mask=mask, other=0.0).to(tl.float32)
     tl.store(target, total.to(y.dtype.element_ty), mask=mask)

@@ -1,0 +1,72 @@
+"""Packed and fused NF4 linears against bitsandbytes' own, in a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from veneer.engine.base import forbid_repacking, quantization_config
+from veneer.engine.packed import FusedPart, PackedLinear, pack_linears
+
+
+def load(folder: Path) -> Any:
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=quantization_config("nf4", torch.float32)
+    )
+    forbid_repacking(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi3"])
+def test_packed_model_gives_the_logits_of_bitsandbytes(
+    architecture: str, tiny_model: Callable[[str], Path]
+) -> None:
+    model = load(tiny_model(architecture))
+    ids = torch.arange(3, 40)[None]
+    with torch.inference_mode():
+        expected = model(ids).logits
+        replaced = pack_linears(model)
+        for name, module in replaced.items():
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, module)
+        found = model(ids).logits
+    # the values of NF4 are rounded to bf16 in the packed form, by up to 2^-9 each
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+    assert (found - expected).abs().max() > 0
+    wholes = sum(isinstance(module, PackedLinear) for module in model.modules())
+    assert wholes == 3 * 4  # layers; qkv, o, gate_up, down
+    assert not any(type(module).__name__ == "Linear4bit" for module in model.modules())
+
+
+def test_biases_are_fused_and_parts_know_their_sizes(tiny_model: Callable[[str], Path]) -> None:
+    model = load(tiny_model("qwen2"))
+    prefix = "model.layers.0.self_attn"
+    before = {part: getattr(model.model.layers[0].self_attn, part) for part in ("q_proj", "k_proj", "v_proj")}
+    x = torch.randn(5, 64)
+    with torch.inference_mode():
+        for module in before.values():
+            nn.init.normal_(module.bias)
+        expected = {part: module(x) for part, module in before.items()}
+        replaced = pack_linears(model)
+        for part, y in expected.items():
+            module = replaced[f"{prefix}.{part}"]
+            assert isinstance(module, FusedPart)
+            assert module.out_features == y.shape[-1]
+            assert torch.allclose(module(x), y, atol=0.02 * float(y.abs().max()))
+
+
+def test_another_input_in_between_is_computed_anew(tiny_model: Callable[[str], Path]) -> None:
+    replaced = pack_linears(load(tiny_model("llama")))
+    gate, up = (replaced[f"model.layers.1.mlp.{part}"] for part in ("gate_proj", "up_proj"))
+    first, second = torch.randn(3, 64), torch.randn(2, 64)
+    with torch.inference_mode():
+        gate(first)
+        expected = up(second)
+        gate(second)
+        assert torch.equal(up(second), expected)
