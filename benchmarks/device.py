@@ -41,11 +41,12 @@ class Ceilings:
 
 
 def measure_ceilings() -> Ceilings:
-    source = torch.randn(1 << 29, device="cuda")  # 2 GiB: a smaller copy does not reach the ceiling
+    # By a kernel: in a graph `copy_` becomes a copy node, which reached two thirds of it on an H200.
+    source = torch.randn(1 << 29, device="cuda")
     target = torch.empty_like(source)
     square = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
     product = torch.empty_like(square)
-    copy = time_graphs({"copy": lambda: target.copy_(source)}, replays=20)["copy"]
+    copy = time_graphs({"copy": lambda: torch.mul(source, 1, out=target)}, replays=20)["copy"]
     matmul = time_graphs({"mm": lambda: torch.mm(square, square, out=product)}, replays=20)["mm"]
     return Ceilings(copy=2 * source.nbytes / copy, matmul=2 * 8192**3 / matmul)
 

@@ -94,14 +94,17 @@ def digest_of(index: int) -> str:
     return f"{index:064x}"
 
 
-@pytest.fixture(scope="module")
-def answers(model_8b: Path, store_8b: Path) -> list[tuple[Generate, list[SequenceOutput]]]:
+@pytest.fixture(scope="module", params=["bitsandbytes", "packed"])
+def answers(
+    request: pytest.FixtureRequest, model_8b: Path, store_8b: Path
+) -> list[tuple[Generate, list[SequenceOutput]]]:
     """What the engine says to 32 requests in one mixed batch, with fewer slots than adapters."""
     engine = Engine(
         EngineConfig(
             model=str(model_8b),
             store=str(store_8b),
             device="cuda",
+            nf4_kernels=request.param,
             max_loras=5,
             kv_cache_memory=4 << 30,
             max_num_batched_tokens=1024,
@@ -121,8 +124,8 @@ def answers(model_8b: Path, store_8b: Path) -> list[tuple[Generate, list[Sequenc
             )
         )
     found: dict[str, list[SequenceOutput]] = {request.id: [] for request in requests}
-    for request in requests:
-        assert engine.handle(request) == []
+    for each in requests:
+        assert engine.handle(each) == []
     while engine.has_work:
         for reply in engine.step()[0]:
             for item in reply.items if isinstance(reply, Outputs) else []:

@@ -20,9 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, G
 
 from veneer.adapters.program import Site
 from veneer.engine.layers import ATTENTION_NAME, AdaptedLinear, StepContext
-from veneer.engine.packed import pack_linears
+from veneer.engine.packed import dequantizing, pack_linears, packed
 from veneer.errors import InvalidRequest
-from veneer.kernels.backend import resolve
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +93,12 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
-def load_base(folder: Path, *, quantization: str, dtype: torch.dtype, device: torch.device) -> Base:
+def load_base(
+    folder: Path, *, quantization: str, dtype: torch.dtype, device: torch.device, own_kernels: bool = False
+) -> Base:
     """Load the model in `folder` once, quantized, and wrap its linear layers.
+
+    With `own_kernels`, NF4 layers are repacked for our own kernels, which are made for bfloat16 on CUDA.
 
     Raises:
         InvalidRequest: the architecture is not proven, or its settings cannot be served exactly.
@@ -110,10 +113,12 @@ def load_base(folder: Path, *, quantization: str, dtype: torch.dtype, device: to
     model = _load_model(folder, config, quantization, dtype, device)
     notes: list[str] = []
     context = StepContext()
-    packs = dtype == torch.bfloat16 and resolve(device).name == "triton"
     if device.type == "cuda":
         fuse_norms(model)
-    sites = wrap_linears(model, context, pack_linears(model) if packs else {})
+    replaced: dict[str, nn.Module] = {}
+    if own_kernels or device.type == "cpu":
+        replaced = pack_linears(model, packed if own_kernels else dequantizing)
+    sites = wrap_linears(model, context, replaced)
     return Base(
         model=model,
         config=model.config,

@@ -16,6 +16,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: str  # a local folder that transformers can load (see engine/source.py)
     store: str  # folder of content-addressed adapter files: <store>/blobs/<digest>/
     quantization: str = "nf4"  # nf4 | int8 | none
+    nf4_kernels: str = "bitsandbytes"  # bitsandbytes | packed (ours; CUDA and bfloat16)
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16; auto = bfloat16 on CUDA, float32 on CPU
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     max_model_len: int | None = None  # tokens

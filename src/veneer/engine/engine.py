@@ -56,6 +56,7 @@ class Engine:
             quantization=config.quantization,
             dtype=resolve_dtype(config.dtype, device),
             device=device,
+            own_kernels=config.nf4_kernels == "packed",
         )
         self.residency = Residency(
             Path(config.store),

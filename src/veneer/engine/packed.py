@@ -1,18 +1,20 @@
-"""NF4 linears on the GPU: bitsandbytes' weights repacked for our kernels, those of one input fused.
+"""NF4 linears in our own form, those of one input fused: they replace bitsandbytes' layers.
 
-The packed copy replaces bitsandbytes' (the base stays resident once) and serves decode and prefill.
+On the CPU `DequantizingLinear` keeps bitsandbytes' bytes and undoes double quantization once, at load, which is
+a sixth of the time of a step there. On the GPU `PackedLinear` has the layout of our kernels. The base stays
+resident once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from veneer.kernels.nf4 import nf4_matmul
-from veneer.kernels.nf4_layout import BLOCK, Nf4Codes, Nf4Weight, pack_nf4, read_bitsandbytes
+from veneer.kernels.nf4_layout import BLOCK, Nf4Codes, Nf4Weight, pack_nf4, read_absmax, read_bitsandbytes
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linears that transformers' models call one after the other with the same input."""
@@ -36,6 +38,26 @@ class PackedLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
 
+class DequantizingLinear(nn.Module):
+    """y = x W^T + bias with W dequantized by bitsandbytes at each call, to the same bits as its own layer."""
+
+    def __init__(
+        self, data: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int], bias: torch.Tensor | None
+    ) -> None:
+        """data: uint8, two codes a byte, rows in order; absmax: float32, one for each 64 columns of a row."""
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.register_buffer("data", data, persistent=False)
+        self.register_buffer("absmax", absmax, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias: Any = self.bias
+        shape = (self.out_features, self.in_features)
+        dequantize = torch.ops.bitsandbytes.dequantize_4bit
+        return nn.functional.linear(x, dequantize(self.data, self.absmax, BLOCK, "nf4", shape, x.dtype), bias)
+
+
 class FusedPart(nn.Module):
     """One of several linears with the same input: the first computes all, each returns its columns."""
 
@@ -55,7 +77,7 @@ class FusedPart(nn.Module):
 class FusedGroup:
     """The linears of one input, and their output between the first call and the last."""
 
-    def __init__(self, whole: PackedLinear, sizes: Sequence[int]) -> None:
+    def __init__(self, whole: Linear, sizes: Sequence[int]) -> None:
         self.whole = whole
         self.sizes = tuple(sizes)
         self._x: torch.Tensor | None = None
@@ -71,6 +93,10 @@ class FusedGroup:
         return found
 
 
+Linear = PackedLinear | DequantizingLinear
+Make = Callable[[Sequence[Any]], Linear]
+
+
 def can_pack(module: nn.Module) -> bool:
     """Whether it is an NF4 layer whose rows hold whole blocks."""
     state = getattr(getattr(module, "weight", None), "quant_state", None)
@@ -82,14 +108,19 @@ def can_pack(module: nn.Module) -> bool:
     )
 
 
-def pack_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """What replaces each packable linear of the model, by its module path. They lose their weights."""
+def pack_linears(model: nn.Module, make: Make) -> dict[str, nn.Module]:
+    """What replaces each packable linear of the model, by its module path. They lose their weights.
+
+    `make` is `packed` or `dequantizing`: it turns the linears of one input into one.
+    """
     known = {name: module for name, module in model.named_modules() if can_pack(module)}
     replaced: dict[str, nn.Module] = {}
     for name in known:
         if name not in replaced:
             names = _group_of(name, known)
-            replaced.update(zip(names, _pack([known[n] for n in names]), strict=True))
+            modules = [known[n] for n in names]
+            parts = fuse(make(modules), [int(module.out_features) for module in modules])
+            replaced.update(zip(names, parts, strict=True))
             for done in names:
                 known[done].weight = None
     return replaced
@@ -104,21 +135,36 @@ def _group_of(name: str, known: Mapping[str, nn.Module]) -> list[str]:
     return [name]
 
 
-def _pack(modules: Sequence[Any]) -> list[nn.Module]:
+def packed(modules: Sequence[Any]) -> PackedLinear:
+    """The layers side by side in our kernels' layout."""
     read = [read_bitsandbytes(module.weight.data, module.weight.quant_state) for module in modules]
     codes = Nf4Codes(torch.cat([r.codes for r in read]), torch.cat([r.absmax for r in read]))
-    biases = [module.bias for module in modules]
-    bias = None
-    if any(b is not None for b in biases):
-        zeros = [
-            torch.zeros(m.out_features, dtype=torch.bfloat16, device=codes.codes.device) for m in modules
-        ]
-        bias = torch.cat([z if b is None else b.data.to(z) for b, z in zip(biases, zeros, strict=True)])
-    whole = PackedLinear(pack_nf4(codes), bias)
-    return fuse(whole, [module.out_features for module in modules])
+    return PackedLinear(pack_nf4(codes), _bias(modules))
 
 
-def fuse(whole: PackedLinear, sizes: Sequence[int]) -> list[nn.Module]:
+def dequantizing(modules: Sequence[Any]) -> DequantizingLinear:
+    """The layers side by side in bitsandbytes' bytes."""
+    states = [module.weight.quant_state for module in modules]
+    shape = (sum(state.shape[0] for state in states), states[0].shape[1])
+    data = torch.cat([module.weight.data.view(torch.uint8).view(-1) for module in modules]).view(-1, 1)
+    return DequantizingLinear(
+        data, torch.cat([read_absmax(state) for state in states]), shape, _bias(modules)
+    )
+
+
+def _bias(modules: Sequence[Any]) -> torch.Tensor | None:
+    """The layers' biases side by side, in the type they compute in; zero for one that has none."""
+    present = next((module.bias for module in modules if module.bias is not None), None)
+    if present is None:
+        return None
+    dtype = modules[0].compute_dtype
+    zeros = [torch.zeros(m.out_features, dtype=dtype, device=present.device) for m in modules]
+    return torch.cat(
+        [z if m.bias is None else m.bias.data.to(dtype) for m, z in zip(modules, zeros, strict=True)]
+    )
+
+
+def fuse(whole: Linear, sizes: Sequence[int]) -> list[nn.Module]:
     """The modules that stand for linears of the given output sizes, side by side in `whole`."""
     if len(sizes) == 1:
         return [whole]

@@ -92,12 +92,17 @@ def read_bitsandbytes(data: torch.Tensor, state: Any) -> Nf4Codes:
         )
     nibbles = data.contiguous().view(torch.uint8).view(-1)
     codes = torch.stack((nibbles >> 4, nibbles & 15), dim=1).view(out_features, in_features)
-    absmax = state.absmax
+    return Nf4Codes(codes, read_absmax(state).view(out_features, in_features // BLOCK))
+
+
+def read_absmax(state: Any) -> torch.Tensor:
+    """float32 absmax of each block of a bitsandbytes `quant_state`, with double quantization undone."""
+    absmax: torch.Tensor = state.absmax
     if state.nested:
         inner = state.state2
         outer = inner.absmax.repeat_interleave(inner.blocksize)[: absmax.numel()]
         absmax = inner.code[absmax.view(-1).long()] * outer + state.offset
-    return Nf4Codes(codes, absmax.float().view(out_features, in_features // BLOCK))
+    return absmax.float().view(-1)
 
 
 def pack_nf4(weight: Nf4Codes) -> Nf4Weight:

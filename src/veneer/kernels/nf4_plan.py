@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 FUSED_ROWS = 256  # up to this many rows decode inside the matmul; more dequantize once and use cuBLAS
 MAX_SPLITS = 16
-DEPENDENT_LAUNCH = True  # programmatic dependent launch, where the device has it
+DEPENDENT_LAUNCH = False  # programmatic dependent launch; gains at M=1, loses at 16 and 64 (LOG.md)
 
 # The cost of a launch in microseconds, for the choice of splits only. One step is 64 output features x 128
 # columns. Counted in SASS: 166 operations of the integer unit for each of 4 warps, 2 cycles each, at 1.755 GHz.

@@ -94,6 +94,7 @@ def options_from(arguments: argparse.Namespace, folder: Path) -> ServeOptions:
         model=str(folder),
         store=str(arguments.store.absolute()),
         quantization=arguments.quantization,
+        nf4_kernels=arguments.nf4_kernels,
         dtype=arguments.dtype,
         device=arguments.device,
         max_model_len=arguments.max_model_len,
