@@ -1,7 +1,7 @@
 """What adapter swaps cost the others: inter-token latency of running requests with and without swaps.
 
-Eight requests on the base decode; meanwhile adapters are loaded into two device slots, evicting each other,
-at a given rate. Prints both distributions and writes JSON.
+Eight requests on the base decode; meanwhile eight adapters are loaded in turn into four device slots, evicting
+each other, at a given rate. Prints both distributions and writes JSON.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from veneer.engine.source import resolve
 
 REQUESTS = 8
 TOKENS = 150
+SLOTS = 4
 
 
 def measure(engine: Engine, digests: list[str], swaps_per_second: float) -> tuple[list[float], int]:
@@ -35,11 +36,17 @@ def measure(engine: Engine, digests: list[str], swaps_per_second: float) -> tupl
     engine.step()
     loads = sum(entry.loads for entry in engine.stats().adapters.values())
     intervals = []
+    pending: list[str] = []
     asked = 0
     start = last = time.perf_counter()
     while engine.has_work:
-        if swaps_per_second and (last - start) * swaps_per_second > asked:
-            engine.residency.prefetch(digests[asked % len(digests)])
+        for digest in list(pending):
+            if engine.residency.acquire(digest) is not None:  # loaded: used, and free to be evicted
+                engine.residency.release(digest)
+                pending.remove(digest)
+        while asked < (last - start) * swaps_per_second and len(pending) < SLOTS:
+            pending.append(digests[asked % len(digests)])
+            engine.residency.prefetch(pending[-1])
             asked += 1
         engine.step()
         now = time.perf_counter()
@@ -62,7 +69,7 @@ def main() -> None:
         (store / "blobs").mkdir(parents=True)
         for digest, adapter in zip(digests, adapters, strict=True):
             (store / "blobs" / digest).symlink_to(adapter)
-        engine = Engine(EngineConfig(model=str(model), store=str(store), max_loras=2, device=args.device))
+        engine = Engine(EngineConfig(model=str(model), store=str(store), max_loras=SLOTS, device=args.device))
         try:
             measure(engine, digests, args.rate)  # warm: every adapter is in host memory
             rows = []
@@ -73,6 +80,7 @@ def main() -> None:
                     {
                         "swaps_per_second": rate,
                         "loads": loads,
+                        "loads_per_second": loads / sum(intervals) * 1e3,
                         "median_ms": statistics.median(ordered),
                         "p99_ms": ordered[int(0.99 * (len(ordered) - 1))],
                         "max_ms": ordered[-1],
