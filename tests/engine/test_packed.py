@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from veneer.engine.base import forbid_repacking, quantization_config
+from veneer.engine.base import forbid_repacking, fuse_norms, quantization_config
 from veneer.engine.packed import (
     DequantizingLinear,
     FusedPart,
@@ -21,6 +21,7 @@ from veneer.engine.packed import (
     pack_linears,
     packed,
 )
+from veneer.errors import InvalidRequest
 
 
 def load(folder: Path) -> Any:
@@ -79,3 +80,22 @@ def test_another_input_in_between_is_computed_anew(tiny_model: Callable[[str], P
         expected = up(second)
         gate(second)
         assert torch.equal(up(second), expected)
+
+
+def test_own_kernels_are_refused_where_they_cannot_run(
+    tiny_model: Callable[[str], Path], make_engine: Callable[..., Any]
+) -> None:
+    with pytest.raises(InvalidRequest, match=r"--nf4-kernels packed cannot run nf4 in torch.float32 on cpu"):
+        make_engine(tiny_model("llama"), quantization="nf4", nf4_kernels="packed")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3"])
+def test_fused_norms_change_nothing(architecture: str, tiny_model: Callable[[str], Path]) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model(architecture), dtype=torch.float32).eval()
+    ids = torch.arange(3, 40)[None]
+    with torch.inference_mode():
+        expected = model(ids).logits
+        fuse_norms(model)
+        assert (model(ids).logits - expected).abs().max() < 1e-5 * expected.abs().max()
+    fused = sum(isinstance(module, nn.RMSNorm) for module in model.modules())
+    assert (fused > 0) == (architecture != "gemma3")

@@ -22,6 +22,7 @@ from veneer.adapters.program import Site
 from veneer.engine.layers import ATTENTION_NAME, AdaptedLinear, StepContext
 from veneer.engine.packed import dequantizing, pack_linears, packed
 from veneer.errors import InvalidRequest
+from veneer.kernels.backend import resolve
 
 logger = logging.getLogger(__name__)
 
@@ -98,11 +99,19 @@ def load_base(
 ) -> Base:
     """Load the model in `folder` once, quantized, and wrap its linear layers.
 
-    With `own_kernels`, NF4 layers are repacked for our own kernels, which are made for bfloat16 on CUDA.
+    With `own_kernels`, NF4 layers are repacked for our own Triton kernels and norms are fused.
 
     Raises:
         InvalidRequest: the architecture is not proven, or its settings cannot be served exactly.
     """
+    if own_kernels and not (
+        quantization == "nf4" and dtype == torch.bfloat16 and resolve(device).name == "triton"
+    ):
+        raise InvalidRequest(
+            f"--nf4-kernels packed cannot run {quantization} in {dtype} on {device}: the kernels are Triton's, "
+            "for nf4 in bfloat16 on CUDA. Use --nf4-kernels bitsandbytes.",
+            param="nf4_kernels",
+        )
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if config.model_type not in PROVEN:
         raise InvalidRequest(
@@ -111,9 +120,9 @@ def load_base(
             param="model",
         )
     model = _load_model(folder, config, quantization, dtype, device)
-    notes: list[str] = []
+    notes = [f"NF4 kernels: {'packed' if own_kernels else 'bitsandbytes'}"] if quantization == "nf4" else []
     context = StepContext()
-    if device.type == "cuda":
+    if own_kernels:
         fuse_norms(model)
     replaced: dict[str, nn.Module] = {}
     if own_kernels or device.type == "cpu":
