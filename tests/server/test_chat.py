@@ -10,6 +10,7 @@ import subprocess
 import sys
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from tests.server.conftest import BASE, MakeServer, Server
@@ -453,11 +454,21 @@ def test_a_deadline_is_kept(make_server: MakeServer, how: str) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_full_queue_is_429(make_server: MakeServer, stream: bool) -> None:
     server = make_server("--step-seconds", "0.05", engine={"max_queue": 2}).until_ready()
-    reply = server.post("/v1/chat/completions", body(n=3, stream=stream))
+    url = f"{server.url}/v1/chat/completions"
+    with httpx.stream("POST", url, json=body(n=2, ignore_eos=True, stream=True), timeout=30) as holding:
+        assert holding.status_code == 200  # two have a place
+        reply = server.post("/v1/chat/completions", body(stream=stream))
+        assert reply.status_code == 429
+        assert reply.json()["error"]["code"] == "queue_full"
+        assert int(reply.headers["retry-after"]) >= 1
+    server.until(lambda: len(server.received("Cancel")) == 2)  # those that had a place, now that it is gone
+
+
+def test_a_request_that_gets_part_of_its_places_is_refused_whole(make_server: MakeServer) -> None:
+    server = make_server("--step-seconds", "0.05", engine={"max_queue": 2}).until_ready()
+    reply = server.post("/v1/chat/completions", body(n=3, ignore_eos=True))
     assert reply.status_code == 429
-    assert reply.json()["error"]["code"] == "queue_full"
-    assert int(reply.headers["retry-after"]) >= 1
-    server.until(lambda: len(server.received("Cancel")) == 2)  # the two that had a place
+    server.until(lambda: len(server.received("Cancel")) == 2)
 
 
 def test_a_slow_reader_delays_nobody(make_server: MakeServer) -> None:
