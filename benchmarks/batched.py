@@ -13,7 +13,6 @@ import json
 import platform
 import random
 import statistics
-import subprocess
 import tempfile
 import time
 import warnings
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.device import commit
 
 from veneer.engine.config import EngineConfig
 from veneer.engine.engine import Engine
@@ -239,7 +239,7 @@ def main() -> None:
     report = {
         "device": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "commit": _commit(),
+        "commit": commit(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
         "quantization": args.quantization,
         "requests": REQUESTS,
@@ -256,13 +256,6 @@ def main() -> None:
             f"{row.ttft_median:13.2f}{row.ttft_max:10.2f}"
         )
     print(f"ratio {report['ratio']:.2f}; written to {args.output}")
-
-
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

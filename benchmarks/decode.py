@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.device import commit
 from torch import nn
 
 from veneer.adapters.program import Program, SiteProgram
@@ -138,9 +138,6 @@ def decode_ms(engine: Engine, batch: int, adapters: int) -> list[float]:
 def prefill_ms(engine: Engine, adapters: int) -> float:
     """Wall time of one step over four prompts of 2048 tokens, in milliseconds."""
     submit(engine, f"p{time.monotonic()}", 4, adapters, 2048, 1)
-    while engine.scheduler.waiting and any(s.adapter and s.slot < 0 for s in engine.scheduler.waiting):
-        if all(engine.residency.stats().get(s.adapter or "", None) for s in engine.scheduler.waiting):
-            break
     start = time.perf_counter()
     while engine.has_work:
         engine.step()
@@ -150,13 +147,11 @@ def prefill_ms(engine: Engine, adapters: int) -> float:
 def floor_ms(engine: Engine, batch: int, adapters: int, bandwidth: float) -> float:
     """Bytes of one step over the device's copy bandwidth: weights, head, distinct adapters, KV of ~128 tokens."""
     base = engine.base
-    head = base.model.lm_head.weight.nbytes
     weights = base.memory_bytes() - base.model.get_input_embeddings().weight.nbytes
     adapter = sum(
         RANK * (s.in_features + s.out_features) * 2 for n, s in base.sites.items() if n != "lm_head"
     )
     kv = batch * 128 * 2 * base.num_layers * base.num_kv_heads * base.head_dim * 2
-    assert head <= weights
     return float((weights + adapters * adapter + kv) / bandwidth * 1e3)
 
 
@@ -243,12 +238,9 @@ def main() -> None:
         engine.close()
     output = args.output or Path(f"benchmarks/results/{device.lower().replace(' ', '-')}-decode.json")
     output.parent.mkdir(parents=True, exist_ok=True)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
     report = {
         "device": device,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit(),
         "versions": {name: version(name) for name in ("torch", "triton", "transformers")},
         "copy_bytes_per_second": bandwidth,
         "layers": args.layers,

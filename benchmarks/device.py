@@ -104,6 +104,14 @@ def print_rows(rows: list[Row]) -> None:
         print(f"{row.op:14}{row.case:12}{row.ours_us:10.1f}{row.floor_us:10.1f}{ratio:9.2f}   {peers}")
 
 
+def commit() -> str:
+    """The short hash of the checkout, or "unknown" outside of one."""
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or "unknown"
+
+
 def write_report(folder: Path, name: str, rows: list[Row], extra: Mapping[str, Any]) -> Path:
     """Write `<device>-<name>.json`, and a plot beside it. Returns the JSON file's path."""
     versions = {"cuda": torch.version.cuda}
@@ -112,12 +120,9 @@ def write_report(folder: Path, name: str, rows: list[Row], extra: Mapping[str, A
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
     report = {
         "device": torch.cuda.get_device_name(),
-        "commit": done.stdout.strip() or "unknown",
+        "commit": commit(),
         "versions": versions,
         **extra,
         "rows": [asdict(row) for row in rows],

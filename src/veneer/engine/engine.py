@@ -225,7 +225,7 @@ class Engine:
                 continue
             try:
                 program = future.result()
-                if self._probe.start(call, digest):
+                if self._probe.start(call):
                     for request in self._probe.requests(call, digest):
                         self._submit(request)
                 elif self._probe.done(call):

@@ -23,7 +23,7 @@ class EffectProbe:
         self._results: dict[str, dict[str, TokenLogprobs]] = {}  # call -> "base" | "adapter" -> result
         self._errors: dict[str, WireError] = {}
 
-    def start(self, call: str, digest: str) -> bool:
+    def start(self, call: str) -> bool:
         """True the first time it is asked for this call."""
         if call in self._results:
             return False
