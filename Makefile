@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 EXAMPLES := $(patsubst examples/%/adapter_config.json,%,$(wildcard examples/*/adapter_config.json))
 
-.PHONY: serve test lint types pytest test-gpu bench format clean
+.PHONY: serve test lint types pytest test-gpu bench bench-gpu format clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -43,6 +43,14 @@ test-gpu: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.batched $(ARGS)
+
+bench-gpu: $(INSTALLED)
+	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.decode --peers
+	$(BIN)/python -m benchmarks.ready
+	$(BIN)/python -m benchmarks.serving
+	$(BIN)/python -m benchmarks.churn
+	$(BIN)/python -m benchmarks.swap
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

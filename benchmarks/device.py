@@ -1,11 +1,16 @@
-"""What every benchmark on a GPU needs: interleaved timing of captured graphs, ceilings, tables, JSON, a plot."""
+"""What every benchmark needs: interleaved timing of captured graphs, ceilings, tables, JSON, a plot.
+
+Ceilings, tables and reports also work without a GPU, for trying a script; graphs do not.
+"""
 
 from __future__ import annotations
 
 import json
+import platform
 import re
 import statistics
 import subprocess
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -27,6 +32,12 @@ class Row:
     ours_us: float
     floor_us: float
     peers: dict[str, float] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)  # more keys of the row's JSON
+
+    def as_json(self) -> dict[str, Any]:
+        row = asdict(self)
+        extra: dict[str, Any] = row.pop("extra")
+        return {**row, **extra}
 
 
 @dataclass(frozen=True)
@@ -41,14 +52,30 @@ class Ceilings:
 
 
 def measure_ceilings() -> Ceilings:
+    """Of the GPU, or without one of the CPU in float32."""
+    cuda = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    side = 8192 if cuda else 1024
     # By a kernel: in a graph `copy_` becomes a copy node, which reached two thirds of it on an H200.
-    source = torch.randn(1 << 29, device="cuda")
+    source = torch.randn(1 << (29 if cuda else 25), device=device)
     target = torch.empty_like(source)
-    square = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    square = torch.randn(side, side, dtype=dtype, device=device)
     product = torch.empty_like(square)
-    copy = time_graphs({"copy": lambda: torch.mul(source, 1, out=target)}, replays=20)["copy"]
-    matmul = time_graphs({"mm": lambda: torch.mm(square, square, out=product)}, replays=20)["mm"]
-    return Ceilings(copy=2 * source.nbytes / copy, matmul=2 * 8192**3 / matmul)
+    timed = time_graphs if cuda else _time_calls
+    copy = timed({"copy": lambda: torch.mul(source, 1, out=target)}, replays=20)["copy"]
+    matmul = timed({"mm": lambda: torch.mm(square, square, out=product)}, replays=20)["mm"]
+    return Ceilings(copy=2 * source.nbytes / copy, matmul=2 * side**3 / matmul)
+
+
+def _time_calls(calls: Mapping[str, Callable[[], object]], replays: int) -> dict[str, float]:
+    """Median microseconds of each call on the CPU."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(replays):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append((time.perf_counter() - start) * 1e6)
+    return {name: statistics.median(taken) for name, taken in times.items()}
 
 
 def time_graphs(
@@ -92,8 +119,17 @@ def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
+def device_name() -> str:
+    """The GPU's name, or what the CPU is called."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+
+
 def device_slug() -> str:
-    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    """How the device is called in file names."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def print_rows(rows: list[Row]) -> None:
@@ -112,25 +148,35 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def write_report(folder: Path, name: str, rows: list[Row], extra: Mapping[str, Any]) -> Path:
-    """Write `<device>-<name>.json`, and a plot beside it. Returns the JSON file's path."""
-    versions = {"cuda": torch.version.cuda}
+def write_report(
+    folder: Path,
+    name: str,
+    rows: list[Row],
+    extra: Mapping[str, Any],
+    draw: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write `<device>-<name>.json`, and a plot beside it. Returns the JSON file's path.
+
+    `draw` makes the plot when bars of the rows do not show it.
+    """
+    versions = {"cuda": torch.version.cuda} if torch.cuda.is_available() else {}
     for package in PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
     report = {
-        "device": torch.cuda.get_device_name(),
+        "device": device_name(),
         "commit": commit(),
         "versions": versions,
         **extra,
-        "rows": [asdict(row) for row in rows],
+        "rows": [row.as_json() for row in rows],
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{device_slug()}-{name}.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
-    plot(rows, f"{torch.cuda.get_device_name()}: {name}", path.with_suffix(".png"))
+    image = path.with_suffix(".png")
+    draw(image) if draw else plot(rows, f"{device_name()}: {name}", image)
     return path
 
 

@@ -12,7 +12,7 @@ import argparse
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise, product
 from multiprocessing import get_context
@@ -23,14 +23,17 @@ import torch
 from benchmarks.device import Ceilings, Row, measure_ceilings, print_rows, time_graphs, write_report
 
 from veneer.kernels.attention import PagedBatch, paged_attention
-from veneer.kernels.low_rank import Workspace, choose_tile_rows, low_rank, make_tiles, tile_capacity
-from veneer.kernels.nf4 import dequantize_nf4, nf4_matmul, nf4_matmul_triton
+from veneer.kernels.epilogue import add_update, gated, rope
+from veneer.kernels.low_rank import Workspace, low_rank, make_tiles, shrink
+from veneer.kernels.nf4 import dequantize_nf4, nf4_matmul, nf4_matmul_triton, nf4_planes
 from veneer.kernels.nf4_layout import BLOCK, Nf4Codes, Nf4Weight, pack_nf4, unpack_nf4
-from veneer.kernels.nf4_plan import Nf4Plan, make_plan
-from veneer.kernels.tables import ABSENT, AdapterTables, Segment
+from veneer.kernels.nf4_plan import FUSED_ROWS, Device, Nf4Plan, make_plan
+from veneer.kernels.nf4_plan import plan as plan_nf4
+from veneer.kernels.tables import ABSENT, AdapterTables, RowTiles, Segment
 
 LINEARS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 SITES = ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336))
+GROUPS = {"qkv": (0, 3), "o": (3, 1), "gate_up": (4, 2), "down": (6, 1)}  # first of SITES, how many
 LAYERS = 32
 NF4_LAYERS = 8  # 0.9 GB packed
 NF4_ROWS = (1, 16, 32, 64, 256, 2048)
@@ -98,11 +101,16 @@ def run_nf4(ceilings: Ceilings) -> list[Row]:
 
 def nf4_row(rows: int, layers: list[dict[str, Linear]], scratch: torch.Tensor, ceilings: Ceilings) -> Row:
     print(f"nf4_linears M={rows}")
+    fused = rows <= FUSED_ROWS
     x = {inputs: torch.randn(rows, inputs, dtype=BF16, device="cuda") for _, inputs in LINEARS.values()}
     out = {name: torch.empty(rows, n, dtype=BF16, device="cuda") for name, (n, _) in LINEARS.items()}
 
-    def ours(linear: Linear, name: str) -> object:
+    def whole(linear: Linear, name: str) -> object:
         return nf4_matmul(x[linear.packed.in_features], linear.packed, out=out[name], scratch=scratch)
+
+    def ours(linear: Linear, name: str) -> object:
+        """As a decoder layer runs it: the next kernel adds up the planes of a product that is split."""
+        return nf4_planes(x[linear.packed.in_features], linear.packed) if fused else whole(linear, name)
 
     def cublas(linear: Linear, name: str) -> object:
         return torch.mm(x[linear.packed.in_features], linear.dense.T, out=out[name])
@@ -117,8 +125,10 @@ def nf4_row(rows: int, layers: list[dict[str, Linear]], scratch: torch.Tensor, c
         linear = layers[0][name]
         expected = x[inputs].double() @ unpack_nf4(linear.packed, torch.float64).T
         out[name].fill_(float("nan"))
-        ours(linear, name)
+        whole(linear, name)
         check(name, out[name], expected, 4e-3, 4e-2)
+        if fused:
+            check(f"{name}, planes", nf4_planes(x[inputs], linear.packed).sum(0), expected, 1e-5, 1e-4)
         if linear.peer is not None:
             theirs = bitsandbytes(linear, name)
             assert isinstance(theirs, torch.Tensor)
@@ -129,14 +139,19 @@ def nf4_row(rows: int, layers: list[dict[str, Linear]], scratch: torch.Tensor, c
             for name, linear in layer.items():
                 call(linear, name)
 
-    calls = {"ours": partial(every, ours), "bf16 cuBLAS": partial(every, cublas)}
+    calls = {
+        "ours": partial(every, ours),
+        "whole": partial(every, whole),
+        "bf16 cuBLAS": partial(every, cublas),
+    }
     if layers[0]["qkv"].peer is not None:
         calls["bitsandbytes"] = partial(every, bitsandbytes)
     times = {name: value / len(layers) for name, value in time_graphs(calls).items()}
     weights = sum(n * k for n, k in LINEARS.values())
     size = weights * (0.5 + 1 / BLOCK) + 2 * rows * sum(map(sum, LINEARS.values()))
     floor = ceilings.floor(size, 2 * rows * weights)
-    return Row("nf4_linears", f"M={rows}", times.pop("ours"), floor, times)
+    ours_us, whole_us = times.pop("ours"), times.pop("whole")
+    return Row("nf4_linears", f"M={rows}", ours_us, floor, times, {"with_sum_of_planes_us": whole_us})
 
 
 # Batched adapters
@@ -160,43 +175,115 @@ def run_lora(ceilings: Ceilings) -> list[Row]:
     return [lora_row(case, ceilings) for case in RANKS]
 
 
+class LoraStep:
+    """What adapters are part of in a decode step: for each group of a layer, `shrink` and the epilogue.
+
+    The planes of the base's product are one buffer for all layers: in a step they were just written too.
+    """
+
+    def __init__(self, rows: int, ranks: list[int]) -> None:
+        self.tables = make_tables(ranks)
+        bounds = [slot * rows // len(ranks) for slot in range(len(ranks) + 1)]
+        self.segments = [Segment(slot, *part) for slot, part in enumerate(pairwise(bounds))]
+        self.tiles = make_tiles(self.segments, rows, len(ranks), self.tables.arena.device)
+        self.workspace = Workspace(self.tables, rows, max(ranks))
+        self.x = {k: torch.randn(rows, k, dtype=BF16, device="cuda") for _, k in SITES}
+        splits = {name: plan_nf4(rows, n, k, Device()).splits for name, (n, k) in LINEARS.items()}
+        self.parts = {
+            name: torch.randn(splits[name], rows, LINEARS[name][0], device="cuda") for name in LINEARS
+        }
+        self.residual = torch.randn(rows, 4096, dtype=BF16, device="cuda")
+        self.cos, self.sin = (
+            fill((rows, 128), dtype=BF16, device="cuda") for fill in (torch.ones, torch.zeros)
+        )
+        self.slots = torch.arange(rows, dtype=torch.int32, device="cuda")
+        self.caches = [torch.zeros(-(-rows // 16), 16, 8, 128, dtype=BF16, device="cuda") for _ in range(2)]
+
+    def shrink(self, layer: int, name: str) -> None:
+        first, sites = GROUPS[name]
+        site = layer * len(SITES) + first
+        shrink(self.x[LINEARS[name][1]], self.tables, self.tiles, site, sites, self.workspace)
+
+    def epilogue(self, layer: int, name: str, tiles: RowTiles) -> torch.Tensor:
+        first, sites = GROUPS[name]
+        site = layer * len(SITES) + first
+        parts = self.parts[name]
+        if name == "qkv":
+            return rope(
+                parts, self.tables, tiles, site, sites, self.workspace, 32, 8, self.cos, self.sin,
+                self.caches[0], self.caches[1], self.slots,
+            )  # fmt: skip
+        if name == "gate_up":
+            return gated(parts, self.tables, tiles, site, sites, self.workspace, "silu")
+        return add_update(parts, self.tables, tiles, site, self.workspace, residual=self.residual)
+
+    def adapted(self) -> None:
+        for layer in range(LAYERS):
+            for name in GROUPS:
+                self.shrink(layer, name)
+                self.epilogue(layer, name, self.tiles)
+
+    def base(self) -> None:
+        tiles = replace(self.tiles, adapted=False)
+        for layer in range(LAYERS):
+            for name in GROUPS:
+                self.epilogue(layer, name, tiles)
+
+    def total(self, layer: int, name: str) -> torch.Tensor:
+        """Planes and updates of a group in float64, [rows, features]."""
+        total = self.parts[name].double().sum(0)
+        first, sites = GROUPS[name]
+        widths = [n for n, _ in SITES[first : first + sites]]
+        x = self.x[LINEARS[name][1]].double()
+        for site, columns in enumerate(torch.split(total, widths, -1), layer * len(SITES) + first):
+            for slot, start, stop in self.segments:
+                a_at, b_at, _, rank = self.tables.entries_host[slot, site].tolist()
+                a = self.tables.arena[a_at:][: rank * x.shape[1]].view(rank, -1).double()
+                b = self.tables.arena[b_at:][: rank * columns.shape[1]].view(rank, -1).double()
+                columns[start:stop] += x[start:stop] @ a.T @ b
+        return total
+
+    def check(self, layer: int) -> None:
+        for name in GROUPS:
+            self.shrink(layer, name)
+            actual = self.epilogue(layer, name, self.tiles)
+            expected = self.total(layer, name)
+            if name == "qkv":  # cos 1 and sin 0 leave q and k as they are
+                kept = [cache.view(-1, 1024)[: len(actual)] for cache in self.caches]
+                actual = torch.cat((actual.flatten(1), *kept), 1)
+            elif name == "gate_up":
+                gate, up = expected.chunk(2, -1)
+                expected = torch.nn.functional.silu(gate) * up
+            else:
+                expected += self.residual.double()
+            # a product of two has larger elements, for the same root mean square
+            check(f"layer {layer} {name}", actual, expected, 8e-3, 3e-1 if name == "gate_up" else 8e-2)
+
+
 def lora_row(case: str, ceilings: Ceilings) -> Row:
+    """What adapters add: shrinks and epilogues with adapters, less the same epilogues without.
+
+    The epilogue runs for the base alone as well, to add up the planes of its product and for what follows; that
+    part is no cost of adapters. In a step `shrink` runs beside that product; here it has the device for itself.
+    """
     print(f"lora {case}")
     rows, ranks = RANKS[case]
-    tables = make_tables(ranks)
-    bounds = [slot * rows // len(ranks) for slot in range(len(ranks) + 1)]
-    segments = [Segment(slot, *part) for slot, part in enumerate(pairwise(bounds))]
-    tile_rows = choose_tile_rows(rows)
-    capacity = tile_capacity(rows, len(ranks), tile_rows)
-    tiles = make_tiles(
-        segments, capacity, tile_rows, torch.empty(capacity, 3, dtype=torch.int32, device="cuda")
-    )
-    workspace = Workspace(tables, rows, max(ranks))
-    x = {k: torch.randn(rows, k, dtype=BF16, device="cuda") for _, k in SITES}
+    step = LoraStep(rows, ranks)
+    for layer in (0, LAYERS - 1):
+        step.check(layer)
     y = [torch.zeros(rows, n, dtype=BF16, device="cuda") for n, _ in SITES]
 
-    def step() -> None:
+    def by_site() -> None:
         for site in range(LAYERS * len(SITES)):
-            n_site = site % len(SITES)
-            low_rank(x[SITES[n_site][1]], y[n_site], tables, tiles, site, workspace)
+            index = site % len(SITES)
+            low_rank(step.x[SITES[index][1]], y[index], step.tables, step.tiles, site, step.workspace)
 
-    for site in (0, 5, LAYERS * len(SITES) - 1):
-        n, k = SITES[site % len(SITES)]
-        actual = torch.zeros(rows, n, dtype=BF16, device="cuda")
-        low_rank(x[k], actual, tables, tiles, site, workspace)
-        expected = torch.zeros(rows, n, dtype=torch.float64, device="cuda")
-        for slot, start, stop in segments:
-            a_at, b_at, _, rank = tables.entries_host[slot, site].tolist()
-            a, b = (
-                tables.arena[a_at:][: rank * k].view(rank, k),
-                tables.arena[b_at:][: rank * n].view(rank, n),
-            )
-            expected[start:stop] = x[k][start:stop].double() @ a.double().T @ b.double()
-        check(f"site {site}", actual, expected, 4e-3, 4e-2)
-    ours = time_graphs({"ours": step})["ours"]
-    # A fused linear reads its input once and reads and writes its output once.
-    features = sum(k + 2 * n for n, k in LINEARS.values())
-    return Row("lora", case, ours, ceilings.floor(tables.arena.nbytes + 2 * rows * LAYERS * features))
+    times = time_graphs({"adapted": step.adapted, "base": step.base, "two launches a site": by_site})
+    adapted, base = times.pop("adapted"), times.pop("base")
+    print(f"  epilogues with adapters and shrink {adapted:.1f} us, epilogues without {base:.1f} us")
+    inputs = sum(k for _, k in LINEARS.values())
+    floor = ceilings.floor(step.tables.arena.nbytes + 2 * rows * LAYERS * inputs)
+    return Row("lora", case, adapted - base, floor, times)
 
 
 # Attention
@@ -245,16 +332,11 @@ def sweep_plans(rows: int, outputs: int, inputs: int) -> list[Nf4Plan]:
     """Plans to try, with their duplicates (splits that round to the same) removed."""
     blocks = {1: (16,), 16: (16,), 64: (32, 64), 256: (64, 128)}[rows]
     found: dict[Nf4Plan, None] = {}
-    for block_m, tiles, stages, dependent in product(blocks, (1, 2), (2, 3, 4), (False, True)):
-        if block_m == 128 and (tiles == 1 or stages == 4):
-            continue
-        for splits in (1, 2, 3, 4, 6, 8, 12):
-            made = make_plan(
-                rows, outputs, inputs, 132, tiles=tiles, block_m=block_m, splits=splits, num_stages=stages
-            )
-            made = Nf4Plan(**{**vars(made), "dependent_launch": dependent})
+    for block_m, tiles, dependent in product(blocks, (1, 2), (False, True)):
+        for splits in (1, 2, 3, 4, 6, 8, 12, 16):
+            made = make_plan(rows, outputs, inputs, Device(), block_m=block_m, tiles=tiles, splits=splits)
             if made.split_pairs > 1 and (rows < 256 or splits <= 4):
-                found[made] = None
+                found[replace(made, dependent_launch=dependent)] = None
     return list(found)
 
 
@@ -263,9 +345,11 @@ def compile_plan(sizes: Nf4Plan) -> None:
     weight = pack_nf4(
         Nf4Codes(torch.zeros(128, 2048, dtype=torch.uint8, device="cuda"), torch.ones(128, 32, device="cuda"))
     )
-    changes = {"splits": min(sizes.splits, 2), "split_pairs": 16 if sizes.splits == 1 else 8}
+    x = torch.zeros(16, 2048, dtype=BF16, device="cuda")
     nf4_matmul_triton(
-        torch.zeros(16, 2048, dtype=BF16, device="cuda"), weight, sizes=Nf4Plan(**{**vars(sizes), **changes})
+        x,
+        weight,
+        sizes=replace(sizes, splits=min(sizes.splits, 2), split_pairs=16 if sizes.splits == 1 else 8),
     )
     torch.cuda.synchronize()
 
@@ -275,7 +359,7 @@ def sweep_nf4(seconds: float = 85.0) -> None:
     kernels: dict[tuple[object, ...], Nf4Plan] = {}
     for rows in (16, 64, 256):
         for sizes in sweep_plans(rows, *LINEARS["o"]):
-            key = (sizes.tiles, sizes.block_m, sizes.num_stages, sizes.dependent_launch, sizes.splits == 1)
+            key = (sizes.tiles, sizes.block_m, sizes.dependent_launch, sizes.splits == 1)
             kernels.setdefault(key, sizes)
     with ProcessPoolExecutor(12, mp_context=get_context("spawn")) as pool:
         list(pool.map(compile_plan, kernels.values()))
@@ -320,7 +404,7 @@ def sweep_linear(rows: int, name: str, linears: list[Linear], plans: list[Nf4Pla
         assert sizes is not None
         print(
             f"  {times[sizes]:7.1f} us  tiles {sizes.tiles} block_m {sizes.block_m} splits {sizes.splits}"
-            f" stages {sizes.num_stages} dependent {sizes.dependent_launch}"
+            f" dependent {sizes.dependent_launch}"
         )
     return times[best[0]]
 

@@ -1,4 +1,4 @@
-"""CUDA graphs against eager steps, for each proven architecture and a mix of adapters."""
+"""CUDA graphs and fused layers against eager, plain steps: each proven architecture, a mix of adapters."""
 
 from __future__ import annotations
 
@@ -60,3 +60,74 @@ def test_graphed_equals_eager_equals_alone(
         assert driver.run(*ids) == expected
     base_only = [graphed.submit(prompt, None, max_tokens=20) for prompt, _ in asks[:3]]
     assert graphed.run(*base_only) == [eager.generate(prompt, None, max_tokens=20) for prompt, _ in asks[:3]]
+
+
+Answer = list[tuple[int, float]]  # tokens with their log probabilities
+ROUNDING = 0.15  # of a log probability in bfloat16; on a CPU the references differed by up to 0.044
+
+
+def answer_all(driver: Any, asks: list[tuple[list[int], str | None]], together: bool) -> list[Answer]:
+    ids = []
+    for prompt, adapter in asks:
+        ids.append(driver.submit(prompt, adapter, max_tokens=20, logprobs=1))
+        if not together:
+            driver.run(ids[-1])
+    driver.run(*ids)
+    return [
+        [
+            (token, entry.logprob)
+            for item in driver.outputs[identifier]
+            for token, entry in zip(item.tokens, item.logprobs, strict=True)
+        ]
+        for identifier in ids
+    ]
+
+
+def assert_same_up_to_rounding(found: list[Answer], expected: list[Answer]) -> None:
+    """Equal tokens, or two that were as likely; what comes after such a tie is another text."""
+    same = 0
+    for ours, theirs in zip(found, expected, strict=True):
+        assert len(ours) == len(theirs)
+        for (token, logprob), (other, other_logprob) in zip(ours, theirs, strict=True):
+            assert logprob == pytest.approx(other_logprob, abs=ROUNDING)
+            if token != other:
+                break
+            same += 1
+    assert same > sum(map(len, expected)) / 2
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_packed_and_fused_equals_plain_however_it_runs(
+    architecture: str, tiny_model: Callable[[str], Path], tmp_path: Path, make_engine: Callable[..., Any]
+) -> None:
+    model = tiny_model(architecture)
+    store = tmp_path / "adapters"
+    for rank in (2, 16, 33):
+        make_adapter(store / "blobs" / f"{rank:064x}", model, rank)
+    fields: dict[str, Any] = {
+        "store": str(store),
+        "device": "cuda",
+        "dtype": "bfloat16",
+        "quantization": "nf4",
+        "nf4_kernels": "packed",
+        "max_num_seqs": 20,
+        "page_size": 16,
+        "prefix_caching": False,
+    }
+    eager = make_engine(model, enforce_eager=True, **fields)
+    graphed = make_engine(model, **fields)
+    assert "fused decoder layers: 3 of 3" in eager.engine.base.notes
+    assert graphed.engine.runner.graphs is not None
+    adapters = [None, f"{2:064x}", f"{16:064x}", f"{33:064x}"]
+    asks = [([3 + i, 7, 11, *range(5, 5 + 3 * i)], adapters[i % 4]) for i in range(11)]
+    asks.append(([9 + i % 100 for i in range(230)], adapters[1]))  # with the others a step of many rows
+    eager.engine.base.context.fused = False
+    plain = answer_all(eager, asks, together=False)
+    eager.engine.base.context.fused = True
+    for driver in (eager, graphed):
+        for together in (False, True):
+            assert_same_up_to_rounding(answer_all(driver, asks, together), plain)
+    base_only: list[tuple[list[int], str | None]] = [(prompt, None) for prompt, _ in asks[:3]]
+    assert_same_up_to_rounding(answer_all(graphed, base_only, True), answer_all(eager, base_only, False))

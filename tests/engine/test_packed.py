@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from veneer.engine.base import forbid_repacking, fuse_norms, quantization_config
+from veneer.engine.base import forbid_repacking, fuse_norms, quantization_config, resolve_nf4_kernels
 from veneer.engine.packed import (
     DequantizingLinear,
     FusedPart,
@@ -22,6 +22,7 @@ from veneer.engine.packed import (
     packed,
 )
 from veneer.errors import InvalidRequest
+from veneer.kernels.backend import Backend
 
 
 def load(folder: Path) -> Any:
@@ -71,6 +72,26 @@ def test_biases_are_fused_and_parts_know_their_sizes(tiny_model: Callable[[str],
             assert torch.allclose(module(x), y, atol=0.02 * float(y.abs().max()))
 
 
+def test_parts_and_bias_add_up_to_the_output(tiny_model: Callable[[str], Path]) -> None:
+    replaced = pack_linears(load(tiny_model("qwen2")), packed)
+    whole: Any = replaced["model.layers.0.self_attn.q_proj"].whole
+    whole.bias.normal_()
+    x = torch.randn(5, 64)
+    parts = whole.parts(x)
+    assert parts.shape == (1, 5, 128)
+    torch.testing.assert_close(parts.sum(0) + whole.bias, whole(x))
+
+
+def test_a_group_knows_its_parts(tiny_model: Callable[[str], Path]) -> None:
+    replaced = pack_linears(load(tiny_model("llama")), packed)
+    names = ("0.self_attn.q_proj", "0.self_attn.k_proj", "0.self_attn.v_proj", "1.self_attn.v_proj")
+    q, k, v, other_v = (replaced[f"model.layers.{name}"] for name in names)
+    assert isinstance(q, FusedPart)
+    assert q.group.is_made_of([q, k, v])
+    for others in ([q, k], [q, v, k], [q, k, other_v], [q, k, v, v], [q, k, nn.Identity()]):
+        assert not q.group.is_made_of(others)
+
+
 def test_another_input_in_between_is_computed_anew(tiny_model: Callable[[str], Path]) -> None:
     replaced = pack_linears(load(tiny_model("llama")), packed)
     gate, up = (replaced[f"model.layers.1.mlp.{part}"] for part in ("gate_proj", "up_proj"))
@@ -87,6 +108,27 @@ def test_own_kernels_are_refused_where_they_cannot_run(
 ) -> None:
     with pytest.raises(InvalidRequest, match=r"--nf4-kernels packed cannot run nf4 in torch.float32 on cpu"):
         make_engine(tiny_model("llama"), quantization="nf4", nf4_kernels="packed")
+
+
+@pytest.mark.parametrize(
+    ("name", "quantization", "dtype", "triton", "own"),
+    [
+        ("auto", "nf4", torch.bfloat16, True, True),
+        ("auto", "nf4", torch.bfloat16, False, False),
+        ("auto", "nf4", torch.float16, True, False),
+        ("auto", "int8", torch.bfloat16, True, False),
+        ("auto", "none", torch.bfloat16, True, False),
+        ("bitsandbytes", "nf4", torch.bfloat16, True, False),
+        ("packed", "nf4", torch.bfloat16, True, True),
+        ("packed", "nf4", torch.bfloat16, False, True),  # load_base refuses it
+    ],
+)
+def test_own_kernels_are_chosen_where_they_can_run(
+    name: str, quantization: str, dtype: torch.dtype, triton: bool, own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = Backend("triton" if triton else "torch", "")
+    monkeypatch.setattr("veneer.engine.base.resolve", lambda device: backend)
+    assert resolve_nf4_kernels(name, quantization, dtype, torch.device("cuda:0")) == own
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3"])

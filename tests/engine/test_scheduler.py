@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import random
 from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count, pairwise
+from typing import NamedTuple
 
 import pytest
 
@@ -36,10 +38,10 @@ def next_token(values: list[int]) -> int:
     return hash(tuple(values)) % VOCABULARY
 
 
-def expected(adapter: str | None, prompt: list[int], max_tokens: int) -> list[int]:
-    """What the model generates when nothing else is there."""
+def expected(adapter: str | None, prompt: list[int], max_tokens: int, stops: Iterable[int] = ()) -> list[int]:
+    """What the model generates when nothing else is there, up to a stop token."""
     tokens, values = list(prompt), [root(adapter)]
-    while len(tokens) < len(prompt) + max_tokens:
+    while len(tokens) < len(prompt) + max_tokens and not {*tokens[len(prompt) :]} & {*stops}:
         for position in range(len(values) - 1, len(tokens)):
             values.append(value(values[-1], tokens[position], position))
         tokens.append(next_token(values[1:]))
@@ -132,8 +134,16 @@ class Gate:
             self.loads += 1
 
 
+class Launch(NamedTuple):
+    batch: Batch
+    tokens: dict[str, int]  # sampled, by id
+
+
 class Simulation:
-    """Scheduler, pages, gate and model; time advances by one second per step."""
+    """Scheduler, pages, gate and model; time advances by one second per step.
+
+    With `lookahead` a step is launched before the one before it is committed, as the engine does.
+    """
 
     def __init__(
         self,
@@ -149,8 +159,12 @@ class Simulation:
         tokens: int = 16,
         queue: int = 1000,
         patience: float = 5,
+        lookahead: bool = False,
     ) -> None:
         self.now = 0
+        self.lookahead = lookahead
+        self.ahead: Launch | None = None
+        self.launched_ahead = self.wasted = 0
         self.pool = PagePool(pages, page_size, caching)
         self.gate = Gate(slots, delay, sizes, orderly)
         self.scheduler = Scheduler(
@@ -175,11 +189,12 @@ class Simulation:
         max_tokens: int = 4,
         adapter: str | None = None,
         deadline: float | None = None,
+        stops: Iterable[int] = (),
     ) -> Sequence:
         sequence = Sequence(
             id=f"request-{next(self._names)}",
             tokens=list(prompt),
-            sampling=SamplingParams(max_tokens=max_tokens),
+            sampling=SamplingParams(max_tokens=max_tokens, stop_token_ids=list(stops)),
             adapter=adapter,
             arrival=self.now,
             deadline=deadline,
@@ -191,48 +206,64 @@ class Simulation:
         self.now += 1
         self.gate.tick()
         self.expired |= {sequence.id: sequence for sequence in self.scheduler.expired()}
-        batch = self.scheduler.schedule()
-        self.check_plan(batch)
-        sampled = {}
-        for item in batch.items:
-            token = self.compute(item.sequence, item.start, item.count)
-            if item.samples:
-                sampled[item.sequence.id] = token
-        self.scheduler.commit(batch, sampled)
-        for item in batch.items:
+        current, self.ahead = self.ahead, None
+        if current is None:
+            current = self.launch(self.scheduler.schedule(), {})
+        following = self.scheduler.schedule_ahead(current.batch) if self.lookahead else None
+        if following is not None:
+            self.ahead = self.launch(following, current.tokens)
+            self.launched_ahead += 1
+        self.scheduler.commit(current.batch, current.tokens)
+        for item in current.batch.items:
             sequence = item.sequence
-            if item.samples:
-                self.first_token.setdefault(sequence.id, int(self.now - sequence.arrival))
-            if sequence.num_output_tokens == sequence.sampling.max_tokens:
+            self.wasted += not sequence.is_running
+            if not item.samples or not sequence.is_running:
+                continue
+            self.first_token.setdefault(sequence.id, int(self.now - sequence.arrival))
+            p = sequence.sampling
+            if sequence.num_output_tokens == p.max_tokens or sequence.tokens[-1] in p.stop_token_ids:
                 self.scheduler.finish(sequence)
                 self.done[sequence.id] = sequence
         self.check_state()
-        return batch
+        return current.batch
+
+    def launch(self, batch: Batch, before: Mapping[str, int]) -> Launch:
+        """Compute a step; `before` are the tokens of the step before, if that is not committed yet."""
+        self.check_plan(batch, ahead=bool(before))
+        tokens = {}
+        for item in batch.items:
+            sequence = item.sequence
+            known = [*sequence.tokens, before[sequence.id]] if before else sequence.tokens
+            token = self.compute(sequence, known, item.start, item.count)
+            if item.samples:
+                tokens[sequence.id] = token
+        return Launch(batch, tokens)
 
     def run(self, limit: int = 2000) -> None:
         """Until nothing is left."""
-        while self.scheduler.waiting or self.scheduler.running:
+        while self.scheduler.waiting or self.scheduler.running or self.ahead:
             limit -= 1
             assert limit, f"{self.scheduler.waiting} and {self.scheduler.running} do not finish"
             self.step()
         for sequence in self.done.values():
             prompt = sequence.tokens[: sequence.num_prompt_tokens]
             output = sequence.tokens[sequence.num_prompt_tokens :]
-            assert output == expected(sequence.adapter, prompt, sequence.sampling.max_tokens), sequence.id
+            p = sequence.sampling
+            assert output == expected(sequence.adapter, prompt, p.max_tokens, p.stop_token_ids), sequence.id
         assert self.pool.used == 0
         assert all(entry.users == 0 for entry in self.gate.resident.values())
         assert self.scheduler.adapter_counts() == {}
 
-    def compute(self, sequence: Sequence, start: int, chunk: int) -> int:
+    def compute(self, sequence: Sequence, tokens: list[int], start: int, chunk: int) -> int:
         size = self.pool.page_size
         values = [self.values[sequence.pages[i // size]][i % size] for i in range(start)]
         for position in range(start, start + chunk):
             before = values[-1] if values else root(sequence.adapter)
-            values.append(value(before, sequence.tokens[position], position))
+            values.append(value(before, tokens[position], position))
             self.values[sequence.pages[position // size]][position % size] = values[-1]
         return next_token(values)
 
-    def check_plan(self, batch: Batch) -> None:
+    def check_plan(self, batch: Batch, ahead: bool) -> None:
         scheduler = self.scheduler
         assert sum(item.count for item in batch.items) <= scheduler.max_num_batched_tokens
         assert len(scheduler.running) <= scheduler.max_num_seqs
@@ -243,8 +274,11 @@ class Simulation:
             sequence, stop = item.sequence, item.start + item.count
             assert sequence in scheduler.running
             assert item.count > 0
-            assert item.start == sequence.num_computed
-            assert item.samples == (stop == len(sequence.tokens))
+            if ahead:
+                assert (item.start, stop) == (len(sequence.tokens), len(sequence.tokens) + 1)
+            else:
+                assert item.start == sequence.num_computed
+            assert item.samples == (stop == len(sequence.tokens) + ahead)
             first = item.start // self.pool.page_size
             written = sequence.pages[first : self.pool.pages_for(stop)]
             assert len(written) == self.pool.pages_for(stop) - first
@@ -651,13 +685,161 @@ def test_deadlines_end_waiting_and_running_sequences() -> None:
     assert list(sim.done) == [last.id]
 
 
+# ---- ahead ------------------------------------------------------------------------------------------
+
+
+def test_a_step_is_planned_ahead_without_the_tokens_of_the_last() -> None:
+    sim = Simulation()
+    long, short = sim.add([1] * 5, max_tokens=9), sim.add([2] * 3, max_tokens=2)
+    first = sim.scheduler.schedule()
+    ahead = sim.scheduler.schedule_ahead(first)
+    assert ahead is not None
+    assert planned(ahead) == [(long.id, 5, 1, True), (short.id, 3, 1, True)]
+    sim.scheduler.commit(first, {long.id: 7, short.id: 8})
+    further = sim.scheduler.schedule_ahead(ahead)  # the second token of `short` is its last
+    assert further is not None
+    assert planned(further) == [(long.id, 6, 1, True)]
+    sim.scheduler.commit(ahead, {long.id: 9, short.id: 10})
+    assert (long.tokens[5:], short.tokens[3:]) == ([7, 9], [8, 10])
+    assert (long.num_computed, short.num_computed) == (6, 4)
+
+
+def test_nothing_is_planned_ahead_of_an_end_or_of_an_unfinished_prompt() -> None:
+    sim = Simulation(tokens=4)
+    one = sim.add([1] * 4, max_tokens=1)
+    assert sim.scheduler.schedule_ahead(sim.scheduler.schedule()) is None
+    sim.scheduler.cancel(one.id)
+    limit = sim.add([1] * 199, max_tokens=1)  # ends at the context's 200 tokens
+    assert sim.scheduler.schedule_ahead(sim.scheduler.schedule()) is None  # 4 of 199
+    sim.run()
+    assert sim.done[limit.id].num_output_tokens == 1
+
+
+def test_a_context_that_is_full_ends_a_sequence_for_certain() -> None:
+    sim = Simulation(tokens=300)
+    sim.add([1] * 198, max_tokens=50)
+    batch = sim.scheduler.schedule()
+    ahead = sim.scheduler.schedule_ahead(batch)
+    assert ahead is not None
+    sim.scheduler.commit(batch, {"request-0": 1})
+    assert sim.scheduler.schedule_ahead(ahead) is None
+
+
+def test_whoever_can_be_admitted_is_not_passed_by() -> None:
+    sim = Simulation(seqs=2, pages=6, tokens=64)
+    running = sim.add([1] * 4, max_tokens=20)
+    batch = sim.step()
+    assert sim.scheduler.schedule_ahead(sim.scheduler.schedule()) is not None
+    newcomer = sim.add([2] * 4, max_tokens=3)
+    assert sim.scheduler.schedule_ahead(batch) is None
+    sim.step()
+    assert newcomer.is_running
+    sim.add([3])  # there is no place for a third
+    assert sim.scheduler.schedule_ahead(sim.scheduler.schedule()) is not None
+    sim.step()
+    assert sim.scheduler.schedule_ahead(sim.scheduler.schedule()) is None  # the newcomer leaves its place
+    assert running.is_running
+    sim.run()
+
+
+def test_one_that_waits_for_pages_does_not_keep_others_from_going_on() -> None:
+    sim = Simulation(pages=8, tokens=64)
+    sim.add([1] * 16, max_tokens=8)
+    sim.step()
+    large = sim.add([2] * 28, max_tokens=2)
+    assert sim.scheduler.schedule_ahead(sim.scheduler.schedule()) is not None
+    sim.run()
+    assert list(sim.done)[-1] == large.id
+
+
+def test_an_adapter_under_way_does_not_keep_others_from_going_on() -> None:
+    sim = Simulation(delay=5, lookahead=True)
+    sim.add([1], max_tokens=30)
+    sim.step()
+    late = sim.add([2], adapter="a")
+    for _ in range(4):
+        sim.step()
+        assert sim.ahead is not None
+    sim.run()
+    assert sim.first_token[late.id] == 6  # loaded after 5, and the step that was launched goes first
+
+
+def test_a_slot_is_yielded_although_steps_are_planned_ahead() -> None:
+    sim = Simulation(slots=1, delay=2, patience=5, lookahead=True)
+    long = sim.add([1] * 10, max_tokens=60, adapter="a")
+    for _ in range(10):
+        sim.step()
+    short = sim.add([2], max_tokens=3, adapter="b")
+    sim.run()
+    assert 5 <= sim.first_token[short.id] <= 5 + 2 + 2 + 2
+    assert list(sim.done) == [short.id, long.id]
+    assert sim.launched_ahead > 40
+
+
+def test_the_room_of_one_who_waits_no_more_is_free_again_while_steps_are_planned_ahead() -> None:
+    sim = Simulation(slots=2, delay=1, patience=3, lookahead=True, sizes={"large": 2})
+    sim.add([1], max_tokens=100)
+    sim.add([2], max_tokens=90, adapter="a")
+    for _ in range(6):
+        sim.step()
+    large = sim.add([3], adapter="large")
+    while not sim.scheduler.preemptions:
+        sim.step()
+    sim.scheduler.cancel(large.id)
+    (back,) = sim.scheduler.waiting
+    for _ in range(6):
+        sim.step()
+    assert back.is_running
+    sim.run()
+
+
+def test_a_lack_of_pages_is_left_to_the_plan_that_may_preempt() -> None:
+    sim = Simulation(pages=4)
+    first, second = sim.add([1] * 4, max_tokens=12), sim.add([2] * 4, max_tokens=12)
+    sim.step()
+    batch = sim.scheduler.schedule()
+    while (ahead := sim.scheduler.schedule_ahead(batch)) is not None:
+        sim.scheduler.commit(batch, {first.id: 3, second.id: 3})
+        batch = ahead
+    assert sim.scheduler.preemptions == 0
+    assert sim.pool.available == 0
+    sim.scheduler.commit(batch, {first.id: 3, second.id: 3})
+    assert planned(sim.scheduler.schedule()) == [(first.id, 8, 1, True)]
+    assert sim.scheduler.preemptions == 1
+
+
+def test_one_taken_out_while_a_step_is_ahead_leaves_nothing_behind() -> None:
+    sim = Simulation(lookahead=True)
+    gone, kept = sim.add([1] * 3, max_tokens=9), sim.add([2] * 7, max_tokens=9)
+    sim.step()
+    assert sim.ahead is not None
+    assert sim.scheduler.cancel(gone.id)
+    again = sim.add([1] * 3, max_tokens=2)
+    tokens = list(gone.tokens)
+    sim.run()
+    assert gone.tokens == tokens
+    assert list(sim.done) == [again.id, kept.id]
+    assert sim.wasted == 1
+
+
+def test_a_stop_token_wastes_one_row() -> None:
+    prompt = [4] * 5
+    output = expected(None, prompt, 12)
+    sim = Simulation(lookahead=True)
+    stopped = sim.add(prompt, 12, stops=[output[6]])
+    sim.run()
+    assert stopped.tokens[5:] == output[: output.index(output[6]) + 1]
+    assert sim.wasted == 1
+
+
 # ---- everything at once -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("lookahead", [False, True])
 @pytest.mark.parametrize("orderly", [True, False])
 @pytest.mark.parametrize("seed", range(12))
-def test_soak(seed: int, orderly: bool) -> None:
-    """20 adapters over 4 slots with cancellations, deadlines, shared prefixes and too few pages."""
+def test_soak(seed: int, orderly: bool, lookahead: bool) -> None:
+    """20 adapters over 4 slots with cancellations, deadlines, stops, shared prefixes and too few pages."""
     rng = random.Random(seed)
     sim = Simulation(
         pages=rng.choice([24, 40]),
@@ -670,6 +852,7 @@ def test_soak(seed: int, orderly: bool) -> None:
         seqs=rng.choice([6, 16]),
         tokens=rng.choice([7, 16, 64]),
         patience=rng.choice([1, 5, 12]),
+        lookahead=lookahead,
     )
     room = sim.pool.num_pages * sim.pool.page_size
     prefixes = [[rng.randrange(VOCABULARY) for _ in range(12)] for _ in range(3)]
@@ -681,7 +864,8 @@ def test_soak(seed: int, orderly: bool) -> None:
             adapter = rng.choice([None, *(f"adapter-{rng.randrange(20)}" for _ in range(5))])
             max_tokens = rng.randrange(1, min(24, room - len(prompt)))
             deadline = step + rng.randrange(5, 100) if rng.random() < 0.1 else None
-            sequence = sim.add(prompt, max_tokens, adapter, deadline)
+            stops = rng.sample(range(VOCABULARY), rng.choice([0, 0, 3]))
+            sequence = sim.add(prompt, max_tokens, adapter, deadline, stops)
             if rng.random() < 0.1:
                 doomed[step + rng.randrange(1, 40)] = sequence.id
         cancelled += step in doomed and sim.scheduler.cancel(doomed[step])
@@ -693,4 +877,6 @@ def test_soak(seed: int, orderly: bool) -> None:
     assert len(sim.done) > 60
     assert sim.gate.loads > 20
     assert sim.scheduler.preemptions > 10
+    assert (sim.launched_ahead > 40) == lookahead
+    assert lookahead or not sim.wasted
     assert (sim.pool.hit_tokens > 0) == sim.pool.prefix_caching

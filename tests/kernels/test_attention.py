@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -244,10 +244,22 @@ def test_a_captured_graph_replays_other_lengths_without_synchronizing() -> None:
     assert_close(out[:2].double().cpu(), later.expected, torch.float32, 1.0)
 
 
-def test_write_kv_touches_only_its_slots() -> None:
+@pytest.mark.parametrize("attention", [paged_attention_torch, paged_attention_triton])
+def test_a_block_table_may_have_its_pages_as_rows(attention: Attention) -> None:
+    setup = Setup(SMALL[6], torch.float32, "cuda" if CUDA else "cpu")
+    straight = setup.call(attention)
+    table = setup.batch.block_table
+    wide = torch.full((table.shape[1], table.shape[0] + 3), 10**6, dtype=torch.int32, device=table.device)
+    wide[:, : table.shape[0]] = table.T
+    setup.batch = replace(setup.batch, block_table=wide[:, : table.shape[0]].T)
+    assert torch.equal(setup.call(attention), straight)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_write_kv_touches_only_its_slots(dtype: torch.dtype) -> None:
     k_cache, v_cache = torch.full((2, 3, 4, 2, 16), math.nan).unbind(0)
     k, v = torch.randn(2, 5, 2, 16).unbind(0)
-    slots = torch.tensor([11, 0, 7, 2, 5])
+    slots = torch.tensor([11, 0, 7, 2, 5], dtype=dtype)
     write_kv(k, v, k_cache, v_cache, slots)
     for cache, side in ((k_cache, k), (v_cache, v)):
         flat = cache.view(-1, 2, 16)

@@ -6,30 +6,37 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 import triton.language  # noqa: F401  before the patch: only our own kernels are to be interpreted
 
 from veneer.kernels.low_rank import (
+    DECODE_TILE,
+    PROGRAMS,
+    SPLIT_ROWS,
     Workspace,
     choose_tile_rows,
+    fill_tiles,
     low_rank,
     low_rank_torch,
     low_rank_triton,
     make_tiles,
     plan,
     tile_capacity,
+    view_tiles,
 )
-from veneer.kernels.tables import ABSENT, AdapterTables, RowTiles, Segment
+from veneer.kernels.tables import ABSENT, ALIGNED, BASE_SLOT, AdapterTables, RowTiles, Segment
 
 CUDA = torch.cuda.is_available()
 if not CUDA:  # a kernel is compiled or interpreted according to this when its module is imported
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
+        import veneer.kernels.jit.epilogue
         import veneer.kernels.jit.low_rank  # noqa: F401
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, AdapterTables, RowTiles, int, Workspace], None]
-BASE = -1  # rows of the base in `counts`
+BASE = BASE_SLOT
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class Case:
     biases: tuple[bool, ...] = ()
     inputs: int = 64
     outputs: int = 48
-    tile_rows: int = 16
+    tile_rows: int = DECODE_TILE
 
     def has_bias(self, slot: int) -> bool:
         return slot < len(self.biases) and self.biases[slot]
@@ -89,8 +96,9 @@ class Setup:
         self.factors: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
         def place(values: torch.Tensor) -> int:
-            offset = sum(map(len, pieces)) + 3
-            pieces.extend((torch.full((3,), math.nan), values.flatten()))
+            offset = -(-(sum(map(len, pieces)) + 3) // ALIGNED) * ALIGNED
+            gap = torch.full((offset - sum(map(len, pieces)),), math.nan)
+            pieces.extend((gap, values.flatten()))
             return offset
 
         for slot, rank in enumerate(case.ranks):
@@ -109,8 +117,7 @@ class Setup:
         self.segments: list[Segment] = []
         start = 0
         for slot, rows in case.counts:
-            if slot != BASE:
-                self.segments.append(Segment(slot, start, start + rows))
+            self.segments.append(Segment(slot, start, start + rows))
             start += rows
         self.rows = start
         self.x = torch.randn(start, sizes[0], generator=random).to(device, dtype)
@@ -120,12 +127,15 @@ class Setup:
 
     def tiles(self, spare: int = 3) -> RowTiles:
         capacity = tile_capacity(self.rows, len(self.case.ranks), self.case.tile_rows) + spare
-        out = torch.full((capacity, 3), 12345, dtype=torch.int32, device=self.x.device)
-        return make_tiles(self.segments, capacity, self.case.tile_rows, out)
+        block = torch.full((1 + capacity, 3), 12345, dtype=torch.int32)  # past the used ones anything
+        fill_tiles(block.numpy(), self.segments, self.case.tile_rows)
+        return view_tiles(block.to(self.x.device), self.segments, True, self.case.tile_rows)
 
     def expected(self) -> torch.Tensor:
         y = self.y.double().cpu()
         for slot, start, stop in self.segments:
+            if slot == BASE:
+                continue
             a, b, bias = self.factors[slot]
             y[start:stop] += self.x[start:stop].double().cpu() @ a.T @ b + bias
         return y
@@ -144,8 +154,8 @@ class Setup:
         around[1:-1, 2:-3] = 7
         assert (around == 7).all()
         touched = torch.zeros(self.rows, dtype=torch.bool)
-        for _, start, stop in self.segments:
-            touched[start:stop] = True
+        for slot, start, stop in self.segments:
+            touched[start:stop] = slot != BASE
         assert torch.equal(y.cpu()[~touched], self.y.cpu()[~touched])
         return y.double().cpu()
 
@@ -207,7 +217,9 @@ def test_a_captured_graph_replays_another_mix_without_synchronizing() -> None:
         low_rank_triton(*arguments)
         with torch.cuda.graph(graph):
             low_rank_triton(*arguments)
-        make_tiles(after.segments, tiles.tiles.shape[0], 16, tiles.tiles)
+        next_tiles = make_tiles(after.segments, 12, 2, tiles.tiles.device)
+        tiles.tiles[: len(next_tiles.tiles)].copy_(next_tiles.tiles)
+        tiles.used.copy_(next_tiles.used)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     y.copy_(before.y)
@@ -251,24 +263,35 @@ def test_an_adapter_with_nothing_at_a_site_leaves_every_bit(kernel: Kernel) -> N
     assert setup.run(kernel).signbit().all()
 
 
-def test_tiles_cut_segments_and_end_with_empty_ones() -> None:
-    tiles = make_tiles([Segment(4, 2, 20), Segment(1, 20, 36), Segment(0, 40, 41)], 6, 16)
-    assert tiles.tiles.tolist() == [[4, 2, 16], [4, 18, 2], [1, 20, 16], [0, 40, 1], [0, 0, 0], [0, 0, 0]]
-    assert tiles.count == 4
-    with pytest.raises(ValueError, match="4 tiles do not fit a table of 3"):
-        make_tiles(tiles.segments, 3, 16)
-    assert make_tiles([], 0, 16).tiles.shape == (0, 3)
+def test_tiles_cut_segments_of_adapters_and_base() -> None:
+    segments = [Segment(4, 0, 18), Segment(1, 18, 34), Segment(BASE, 34, 38), Segment(0, 38, 39)]
+    tiles = make_tiles(segments, 39, 3, torch.device("cpu"))
+    expected = [[4, 0, 8], [4, 8, 8], [4, 16, 2], [1, 18, 8], [1, 26, 8], [BASE, 34, 4], [0, 38, 1]]
+    assert tiles.tiles[: int(tiles.used)].tolist() == expected
+    assert tiles.adapted
+    assert tiles.segments == tuple(segments)
+    base = make_tiles([Segment(BASE, 0, 300)], 300, 3, torch.device("cpu"))
+    assert (base.adapted, base.tile_rows, base.used.tolist()) == (False, 64, [5])
+    assert make_tiles([], 0, 3, torch.device("cpu")).used.tolist() == [0]
 
 
-@pytest.mark.parametrize("rows", [0, 1, 5, 16, 17, 64, 1000])
+def test_segments_that_miss_rows_or_do_not_fit_are_refused() -> None:
+    for segments in ([Segment(0, 1, 3)], [Segment(0, 0, 2)], [Segment(0, 0, 1), Segment(1, 2, 3)]):
+        with pytest.raises(ValueError, match="do not cover rows 0 to 3 in order"):
+            make_tiles(segments, 3, 1, torch.device("cpu"))
+    with pytest.raises(ValueError, match="2 tiles do not fit a table of 1"):
+        fill_tiles(np.zeros((2, 3), dtype=np.int32), [Segment(0, 0, 17)], 16)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5, 16, 17, 64, 256])
 @pytest.mark.parametrize("slots", [1, 3, 64])
 def test_capacity_is_enough_and_reached(rows: int, slots: int) -> None:
-    """The worst case gives all slots but one a single row, and the rest to the last, just over a tile."""
-    used = min(rows, slots)
-    capacity = tile_capacity(rows, slots, 16)
-    lone = [Segment(slot, slot, slot + 1) for slot in range(used - 1)]
+    """The worst case gives the base and all slots but one a single row, and the rest to the last slot."""
+    used = min(rows, slots + 1)
+    lone = [Segment(slot - 1, slot, slot + 1) for slot in range(used - 1)]
     segments = [*lone, Segment(used, used - 1, rows)] if used else []
-    assert make_tiles(segments, capacity, 16).count == capacity
+    tiles = make_tiles(segments, rows, slots, torch.device("cpu"))
+    assert tiles.used.tolist() == [len(tiles.tiles)] == [tile_capacity(rows, slots, DECODE_TILE)]
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64, 256, 257, 8192])
@@ -276,23 +299,23 @@ def test_capacity_is_enough_and_reached(rows: int, slots: int) -> None:
 @pytest.mark.parametrize("rank_bound", [1, 16, 512])
 def test_plan_covers_everything_within_the_workspace(rows: int, inputs: int, rank_bound: int) -> None:
     tile_rows = choose_tile_rows(rows)
-    sizes = plan(rows, inputs, tile_capacity(rows, 8, tile_rows), tile_rows, rank_bound)
+    sizes = plan(rows, inputs, 3, tile_capacity(rows, 8, tile_rows), tile_rows, rank_bound)
     assert sizes.splits * sizes.split_size >= inputs > (sizes.splits - 1) * sizes.split_size
     assert sizes.split_size % sizes.block_k == 0
-    assert sizes.splits * rows <= max(rows, 2048)
-    assert 1 <= sizes.rank_programs <= 4
+    assert sizes.splits * rows <= max(rows, SPLIT_ROWS)
+    assert 1 <= sizes.programs <= PROGRAMS
 
 
-def test_decode_of_one_row_is_split_to_fill_the_gpu() -> None:
-    assert plan(1, 4096, 1, 16, 64).splits == 32
-    assert plan(64, 4096, 64, 16, 64).splits == 8
-    assert plan(8192, 4096, 136, 64, 64).splits == 1
+def test_splits_fill_the_gpu_and_do_not_depend_on_the_rows_of_a_decode_step() -> None:
+    assert {plan(rows, 4096, 1, 2, DECODE_TILE, 64).splits for rows in (1, 64, 256)} == {16}
+    assert plan(1, 14336, 1, 2, DECODE_TILE, 64).splits == 16
+    assert plan(8192, 4096, 3, 136, 64, 64).splits == 1
 
 
 def test_arguments_that_do_not_fit_are_refused() -> None:
     setup = Setup(SMALL[3], torch.float32, "cpu")
     tiles, rest = setup.tiles(), (setup.tables, setup.tiles(), 1, setup.workspace)
-    with pytest.raises(ValueError, match=r"both must be the arena's torch\.float32"):
+    with pytest.raises(ValueError, match=r"must be the arena's torch\.float32"):
         low_rank(setup.x.half(), setup.y, *rest)
     with pytest.raises(ValueError, match="contiguous"):
         low_rank(setup.x.T.contiguous().T, setup.y, *rest)

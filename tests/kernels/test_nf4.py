@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 
 import bitsandbytes.functional as bnb
 import numpy as np
@@ -19,9 +17,8 @@ import triton
 import triton.language  # before the patch: only our own kernels are to be interpreted
 from numpy.typing import NDArray
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from veneer.kernels import nf4_layout
 from veneer.kernels.nf4 import (
     dequantize_nf4,
     nf4_matmul,
@@ -36,11 +33,12 @@ from veneer.kernels.nf4_layout import (
     Nf4Weight,
     codebook,
     pack_nf4,
+    pair_table,
     permute_tables,
     read_bitsandbytes,
     unpack_nf4,
 )
-from veneer.kernels.nf4_plan import FUSED_ROWS, Nf4Plan, make_plan, plan
+from veneer.kernels.nf4_plan import FUSED_ROWS, Device, Nf4Plan, make_plan, plan
 
 CUDA = torch.cuda.is_available()
 if not CUDA:  # a kernel is compiled or interpreted according to this when its module is imported
@@ -219,8 +217,9 @@ def prmt(low: Words, high: Words, selector: Words) -> Words:
     return result
 
 
-def run_ptx(source: str, registers: dict[str, Words]) -> dict[str, Words]:
-    """Executes the few instructions that the decode is made of."""
+def run_ptx(source: str, registers: dict[str, Words], shared: Words | None = None) -> dict[str, Words]:
+    """Executes the few instructions that the decodes are made of."""
+    shared = np.zeros(0, np.uint32) if shared is None else shared
     for line in source.replace("{\n", "").splitlines():
         instruction, _, rest = line.strip().rstrip(";").partition(" ")
         if instruction in ("", "}", ".reg"):
@@ -237,7 +236,7 @@ def run_ptx(source: str, registers: dict[str, Words]) -> dict[str, Words]:
         values = [
             registers[name]
             if name in registers
-            else np.full_like(registers["$8"], int(name, 0) if not name.isdigit() else int(name))
+            else np.full_like(registers["$8"], 0 if name[0] == "[" else int(name, 0))
             for name in operands
         ]
         match instruction:
@@ -249,14 +248,19 @@ def run_ptx(source: str, registers: dict[str, Words]) -> dict[str, Words]:
                 registers[target] = values[0] >> values[1]
             case "prmt.b32":
                 registers[target] = prmt(*values)
+            case "mad.lo.u32":
+                registers[target] = values[0] * values[1] + values[2]
+            case "ld.shared.b32":
+                registers[target] = shared[registers[operands[0].strip("[]")] // np.uint32(4)]
             case _:
                 raise AssertionError(line)
     return registers
 
 
-def test_permutes_decode_all_codes_at_all_places() -> None:
+def test_both_decodes_are_right_for_all_codes_at_all_places() -> None:
     """Runs the PTX itself on every pair of neighbouring nibbles at every place, among random others."""
     from veneer.kernels.jit.nf4 import DECODE
+    from veneer.kernels.jit.nf4_matmul import LOOK_UP
 
     random = np.random.default_rng(0)
     words = random.integers(0, 1 << 32, 8 * 256, dtype=np.uint32)
@@ -272,11 +276,17 @@ def test_permutes_decode_all_codes_at_all_places() -> None:
         f"${9 + index}": np.full_like(words, np.uint32(int(tables[index, 0]) & 0xFFFFFFFF))
         for index in range(8)
     }
-    run_ptx(DECODE.value, registers)
+    permuted = run_ptx(DECODE.value, registers)
+    lane = random.integers(0, 32, words.size).astype(np.uint32)
+    entries = pair_table(torch.device("cpu")).numpy().view(np.uint32)
+    shared = np.zeros((256, 32), np.uint32)
+    shared[:] = entries[:, None]
+    looked_up = run_ptx(LOOK_UP.value, {"$8": words, "$9": lane * np.uint32(4)}, shared.reshape(-1))
     bits = codebook(torch.bfloat16, torch.device("cpu")).view(torch.int16).numpy().astype(np.uint16)
     for nibble in range(8):
         expected = bits[words >> np.uint32(4 * nibble) & np.uint32(15)]
-        assert (registers[f"${nibble}"] == expected).all()
+        assert (permuted[f"${nibble}"] == expected).all()
+        assert (looked_up[f"${nibble}"] == expected).all()
 
 
 def test_stored_labels_are_a_permutation_whose_halves_agree_in_signs() -> None:
@@ -291,58 +301,60 @@ def test_stored_labels_are_a_permutation_whose_halves_agree_in_signs() -> None:
 # The compiled code, for which no GPU is needed
 
 
-def load_for_compiling() -> ModuleType:
-    """The device code again, as kernels to compile: those in sys.modules may be there to be interpreted."""
-    path = Path(nf4_layout.__file__).parent / "jit" / "nf4.py"
-    spec = importlib.util.spec_from_file_location("nf4_to_compile", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+CHOSEN = [plan(rows, 4096, 4096, Device()) for rows in (16, 32, 64, 128)]
+WITHOUT_WGMMA = [replace(sizes, wgmma=False, dependent_launch=False) for sizes in CHOSEN[:3]]
 
 
-@pytest.mark.parametrize(("tiles", "block_m", "registers"), [(1, 16, 80), (2, 64, 128)])
-def test_decoded_weights_stay_in_registers(
-    tiles: int, block_m: int, registers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("sizes", CHOSEN + WITHOUT_WGMMA, ids=lambda s: f"{s.block_m}-{s.wgmma}")
+def test_every_plan_compiles_and_keeps_weights_in_registers(
+    sizes: Nf4Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their path to the matrix unit has no shared memory, nothing spills, and enough programs fit a processor.
+    """Weights reach the matrix unit without shared memory, products overlap, and enough programs fit.
 
-    It depends on how Triton lowers join, reshape and permute, which no result would show.
+    It depends on how Triton lowers join, reshape and permute, and on what ptxas makes of it: no result shows it.
     """
+    from veneer.kernels.jit.nf4_matmul import matmul
+
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # unset, some versions of Triton warn
-    kernel = load_for_compiling().matmul
-    constants = {"TILES": tiles, "BLOCK_M": block_m, "EVEN": True, "HAS_BIAS": False, "PERMUTE": True}
-    constants |= {"PREFETCHED": 2, "PDL": True, "STAGES": 3}
-    pointers = {"x": "*bf16", "packed": "*i32", "scales": "*i32", "tables": "*i32", "codebook": "*bf16"}
-    pointers |= {"bias": "*bf16", "out": "*fp32"}
+    constants = {"TILES": sizes.tiles, "BLOCK_M": sizes.block_m, "STAGES": sizes.stages, "EVEN": True}
+    constants |= {"HAS_BIAS": False, "LOOKUP": sizes.lookup, "WGMMA": sizes.wgmma}
+    constants |= {"PDL": sizes.dependent_launch}
+    pointers = {"x": "*bf16", "packed": "*i32", "scales": "*i32", "tables": "*i32", "bias": "*bf16"}
+    pointers |= {"out": "*fp32"}
     signature = {
         name: "constexpr"
         if name in constants
         else pointers.get(name, "fp32" if name == "multiplier" else "i32")
-        for name in kernel.arg_names
+        for name in matmul.arg_names
     }
     aligned = {
         (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(kernel.arg_names)
+        for index, name in enumerate(matmul.arg_names)
         if name in pointers or name in ("in_features", "out_features", "pairs")
     }
+    places = {(matmul.arg_names.index(name),): value for name, value in constants.items()}
     compiled = triton.compile(
-        ASTSource(kernel, signature, constants, aligned),
-        target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": 4 * tiles, "num_stages": 3},
+        GluonASTSource(matmul, signature, places, aligned),
+        target=GPUTarget("cuda", 90 if sizes.dependent_launch else 80, 32),
+        options={"num_warps": sizes.warps},
     )
     loop = compiled.asm["ttgir"].partition("scf.for")[2].partition("scf.yield")[0]
-    assert loop.count("warp_group_dot ") == 2
+    assert loop.count("warp_group_dot " if sizes.wgmma else "tt.dot ") == 2
     assert "local_alloc" not in loop
     assert "local_store" not in loop
     (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
-    cuobjdump = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", tmp_path / "kernel.cubin"]
-    usage = subprocess.run(cuobjdump, capture_output=True, text=True, check=True).stdout
-    used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    assert used["STACK"] == used["LOCAL"] == 0
-    assert used["REG"] <= registers
+    cuobjdump = [triton.knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", tmp_path / "kernel.cubin"]
+    code = subprocess.run(cuobjdump, capture_output=True, text=True, check=True).stdout
+    # ptxas waits after every product when it cannot tell that they may overlap.
+    assert not sizes.wgmma or 4 * code.count("WARPGROUP.DEPBAR") <= code.count("HGMMA")
+    registers = int(re.search(r"REG:(\d+)", code)[1])  # type: ignore[index]
+    programs = {16: 4, 32: 3, 64: 2, 128: 1}[sizes.block_m]
+    assert registers * 32 * sizes.warps * programs <= 1 << 16
+    shared = compiled.metadata.shared + (32768 if sizes.lookup else 0)
+    assert shared * programs <= 227 << 10
+    # A launch with a static table opts in to more than 48 KiB only for what is allocated dynamically.
+    assert not sizes.lookup or shared <= 48 << 10
 
 
 # The matmul
@@ -358,24 +370,14 @@ def test_torch_path_matches_float64(case: Case, dtype: torch.dtype) -> None:
 
 
 def plans(case: Case) -> Iterator[Nf4Plan]:
-    for tiles, block_m, splits in ((1, 16, 1), (2, 16, 2), (1, 64, 3), (2, 32, None)):
-        yield make_plan(
-            case.rows, case.outputs, case.inputs, 132, tiles=tiles, block_m=block_m, splits=splits
+    for tiles, block_m, splits in ((1, 16, 1), (2, 16, 2), (1, 32, None), (1, 64, 3), (2, 128, 2)):
+        sizes = make_plan(
+            case.rows, case.outputs, case.inputs, Device(), tiles=tiles, block_m=block_m, splits=splits
         )
-
-
-@interpreted
-@pytest.mark.parametrize("case", SMALL, ids=ids)
-def test_interpreted_triton_matches_float64(case: Case) -> None:
-    """In float32: the interpreter's matmul does not know bf16. What it looks up is rounded to bf16."""
-    x, bias = random_inputs(case, torch.float32)
-    weight = pack_nf4(random_codes(case.outputs, case.inputs))
-    for sizes in plans(case):
-        guarded = poisoned(case, torch.float32)
-        nf4_matmul_triton(x, weight, bias, guarded[1:-1], sizes=sizes)
-        assert_close(guarded[1:-1], x, weight, bias, 1e-6, 1e-5)
-        assert guarded[0].isnan().all()
-        assert guarded[-1].isnan().all()
+        yield sizes
+        yield replace(sizes, dependent_launch=False)
+        if block_m <= 64:
+            yield replace(sizes, wgmma=False)
 
 
 @pytest.mark.gpu
@@ -394,16 +396,16 @@ def test_compiled_triton_matches_float64(case: Case) -> None:
 
 @pytest.mark.gpu
 @needs_cuda
-@pytest.mark.parametrize("dependent_launch", [False, True])
-def test_every_plan_gives_the_same_within_rounding(dependent_launch: bool) -> None:
-    if dependent_launch and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("programmatic dependent launch needs compute capability 9.0")
-    case = Case(48, 320, 1088, True)
-    x, bias = random_inputs(case, torch.bfloat16)
-    weight = pack_nf4(random_codes(case.outputs, case.inputs))
-    for sizes in plans(case):
-        sizes = replace(sizes, dependent_launch=dependent_launch)
-        assert_close(nf4_matmul_triton(x, weight, bias, sizes=sizes), x, weight, bias, 2.5e-3, 2e-2)
+def test_every_plan_gives_the_same_within_rounding() -> None:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("plans with wgmma need compute capability 9")
+    for case in (Case(48, 320, 1088, True), Case(130, 130, 1536), Case(3, 4160, 192)):
+        x, bias = random_inputs(case, torch.bfloat16)
+        weight = pack_nf4(random_codes(case.outputs, case.inputs))
+        for sizes in plans(case):
+            out = torch.full((case.rows, case.outputs), math.nan, dtype=torch.bfloat16, device=DEVICE)
+            nf4_matmul_triton(x, weight, bias, out, sizes=sizes)
+            assert_close(out, x, weight, bias, 2.5e-3, 2e-2)
 
 
 @pytest.mark.gpu
@@ -425,11 +427,11 @@ def test_interpreted_dequantize_is_the_reference(outputs: int, inputs: int) -> N
     assert torch.equal(out, unpack_nf4(weight, torch.float32))
 
 
-BOTH: list[Callable[..., torch.Tensor]] = [nf4_matmul_torch, nf4_matmul_triton]
+KERNELS: list[Callable[..., torch.Tensor]] = [nf4_matmul_torch, *([nf4_matmul_triton] if CUDA else [])]
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 
 
-@pytest.mark.parametrize("kernel", BOTH)
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_rows_do_not_influence_each_other(kernel: Callable[..., torch.Tensor]) -> None:
     case = Case(5, 96, 192)
     x, _ = random_inputs(case, DTYPE)
@@ -442,11 +444,13 @@ def test_rows_do_not_influence_each_other(kernel: Callable[..., torch.Tensor]) -
     assert torch.equal(broken[others], whole[others])
 
 
+@pytest.mark.gpu
+@needs_cuda
 def test_planes_add_up_to_the_product() -> None:
     case = Case(4, 70, 576)
     x, _ = random_inputs(case, DTYPE)
     weight = pack_nf4(random_codes(case.outputs, case.inputs))
-    sizes = make_plan(4, 70, 576, 132, tiles=1, block_m=16, splits=3)
+    sizes = make_plan(4, 70, 576, Device(), block_m=16, splits=3)
     planes = nf4_planes(x, weight, sizes)
     assert planes.shape == (3, 4, 70)
     assert planes.dtype == torch.float32
@@ -489,9 +493,9 @@ LLAMA = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
 
 @pytest.mark.parametrize(("outputs", "inputs"), [*LLAMA, (64, 64), (49152, 576), (576, 1536)])
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 128])
-@pytest.mark.parametrize("multiprocessors", [1, 84, 132])
-def test_plan_covers_every_column_once(rows: int, outputs: int, inputs: int, multiprocessors: int) -> None:
-    sizes = plan(rows, outputs, inputs, multiprocessors)
+@pytest.mark.parametrize("device", [Device(1, False, False), Device(84, False, False), Device()], ids=str)
+def test_plan_covers_every_column_once(rows: int, outputs: int, inputs: int, device: Device) -> None:
+    sizes = plan(rows, outputs, inputs, device)
     pairs = -(-inputs // 128)
     assert sizes.fused
     assert sizes.splits * sizes.split_pairs >= pairs > (sizes.splits - 1) * sizes.split_pairs
@@ -501,12 +505,12 @@ def test_plan_covers_every_column_once(rows: int, outputs: int, inputs: int, mul
 @pytest.mark.parametrize(("outputs", "inputs"), LLAMA)
 @pytest.mark.parametrize("rows", [1, 16, 64])
 def test_plan_fills_the_gpu_evenly(rows: int, outputs: int, inputs: int) -> None:
-    """At least 8 warps on each multiprocessor, and the busiest has at most 40 % over the mean."""
-    sizes = plan(rows, outputs, inputs, 132)
+    """At least 7 warps on each multiprocessor, and the busiest has at most 60 % over the mean."""
+    sizes = plan(rows, outputs, inputs, Device())
     programs = outputs // (64 * sizes.tiles) * sizes.splits
-    assert 4 * sizes.tiles * programs >= 8 * 132 * 0.9
-    assert -(-programs // 132) <= 1.4 * programs / 132
+    assert sizes.warps * programs >= 7 * 132
+    assert -(-programs // 132) <= 1.6 * programs / 132
 
 
 def test_many_rows_are_not_fused() -> None:
-    assert not plan(FUSED_ROWS + 1, 4096, 4096, 132).fused
+    assert not plan(FUSED_ROWS + 1, 4096, 4096, Device()).fused

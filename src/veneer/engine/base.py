@@ -19,8 +19,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
 from veneer.adapters.program import Site
+from veneer.engine.fused import fuse_layers
 from veneer.engine.layers import ATTENTION_NAME, AdaptedLinear, StepContext
-from veneer.engine.packed import dequantizing, pack_linears, packed
+from veneer.engine.packed import dequantizing, pack_linears
+from veneer.engine.packed_store import load_packed
 from veneer.errors import InvalidRequest
 from veneer.kernels.backend import resolve
 
@@ -94,19 +96,27 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
+def packed_runs(quantization: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether our own NF4 kernels can run this base: they are Triton's, for bfloat16."""
+    return quantization == "nf4" and dtype == torch.bfloat16 and resolve(device).name == "triton"
+
+
+def resolve_nf4_kernels(name: str, quantization: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether NF4 runs in our own kernels: "auto" is where they can. `load_base` refuses where they cannot."""
+    return name == "packed" or (name == "auto" and packed_runs(quantization, dtype, device))
+
+
 def load_base(
     folder: Path, *, quantization: str, dtype: torch.dtype, device: torch.device, own_kernels: bool = False
 ) -> Base:
     """Load the model in `folder` once, quantized, and wrap its linear layers.
 
-    With `own_kernels`, NF4 layers are repacked for our own Triton kernels and norms are fused.
+    With `own_kernels`, NF4 layers are repacked for our own Triton kernels, and norms and layers are fused.
 
     Raises:
         InvalidRequest: the architecture is not proven, or its settings cannot be served exactly.
     """
-    if own_kernels and not (
-        quantization == "nf4" and dtype == torch.bfloat16 and resolve(device).name == "triton"
-    ):
+    if own_kernels and not packed_runs(quantization, dtype, device):
         raise InvalidRequest(
             f"--nf4-kernels packed cannot run {quantization} in {dtype} on {device}: the kernels are Triton's, "
             "for nf4 in bfloat16 on CUDA. Use --nf4-kernels bitsandbytes.",
@@ -119,15 +129,22 @@ def load_base(
             f"served are: {', '.join(PROVEN)}. Choose a base of one of these.",
             param="model",
         )
-    model = _load_model(folder, config, quantization, dtype, device)
     notes = [f"NF4 kernels: {'packed' if own_kernels else 'bitsandbytes'}"] if quantization == "nf4" else []
-    context = StepContext()
+
+    def load() -> nn.Module:
+        return _load_model(folder, config, quantization, dtype, device)
+
     if own_kernels:
+        model, replaced = load_packed(folder, config, dtype, device, load, notes)
         fuse_norms(model)
-    replaced: dict[str, nn.Module] = {}
-    if own_kernels or device.type == "cpu":
-        replaced = pack_linears(model, packed if own_kernels else dequantizing)
+    else:
+        model = load()
+        replaced = pack_linears(model, dequantizing) if device.type == "cpu" else {}
+    context = StepContext()
     sites = wrap_linears(model, context, replaced)
+    if own_kernels:
+        fused = fuse_layers(model, context, notes)
+        notes.append(f"fused decoder layers: {fused} of {config.num_hidden_layers}")
     return Base(
         model=model,
         config=model.config,

@@ -16,7 +16,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: str  # a local folder that transformers can load (see engine/source.py)
     store: str  # folder of content-addressed adapter files: <store>/blobs/<digest>/
     quantization: str = "nf4"  # nf4 | int8 | none
-    nf4_kernels: str = "bitsandbytes"  # bitsandbytes | packed (ours; CUDA and bfloat16)
+    nf4_kernels: str = "auto"  # auto | packed (ours) | bitsandbytes; auto = packed on CUDA in bfloat16
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16; auto = bfloat16 on CUDA, float32 on CPU
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     max_model_len: int | None = None  # tokens
@@ -32,4 +32,5 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     host_adapter_memory: int | None = None
     slot_patience: float = 2.0  # seconds a request waits for a slot before a running adapter must yield
     enforce_eager: bool = False  # no CUDA graphs
+    lookahead: bool | None = None  # launch a step before the last one's tokens are known; None = on CUDA
     threads: int | None = None  # CPU threads for torch

@@ -1,6 +1,12 @@
 """The engine: base, adapters, scheduler and runner behind `handle` (a message) and `step` (one forward).
 
 Not here: processes and sockets (process.py), policy (scheduler.py), tensors (runner.py).
+
+With lookahead a step leaves the next one launched. That one is planned on what is certain, so some of its rows
+may be for nothing: their sequence ended with the step before, or was taken out since. Their results are dropped,
+and what they write is harmless. The device works in the order of the launches, so whoever gets their pages
+writes later than they do, and reads only what it wrote; the prefix cache takes in pages at commit alone, which
+skips them. An adapter's place is overwritten only after the steps that were launched before it was given up.
 """
 
 from __future__ import annotations
@@ -18,13 +24,13 @@ from veneer.adapters.program import Program
 from veneer.adapters.registry import lower
 from veneer.adapters.residency import Residency
 from veneer.engine import messages
-from veneer.engine.base import Base, load_base, resolve_device, resolve_dtype
+from veneer.engine.base import Base, load_base, resolve_device, resolve_dtype, resolve_nf4_kernels
 from veneer.engine.config import GIB, EngineConfig
 from veneer.engine.messages import AdapterChecked, AdapterInfo, Done, SequenceOutput, WireError
 from veneer.engine.pages import PagePool
 from veneer.engine.probe import EffectProbe
-from veneer.engine.runner import Runner, kv_page_bytes
-from veneer.engine.scheduler import Batch, Scheduler
+from veneer.engine.runner import Launched, Runner, kv_page_bytes
+from veneer.engine.scheduler import Scheduler
 from veneer.engine.sequence import Sequence
 from veneer.errors import DeadlineExceeded, VeneerError
 from veneer.kernels.backend import resolve
@@ -51,12 +57,13 @@ class Engine:
             torch.set_num_threads(config.threads)
         device = resolve_device(config.device)
         self.config = config
+        dtype = resolve_dtype(config.dtype, device)
         self.base = base or load_base(
             Path(config.model),
             quantization=config.quantization,
-            dtype=resolve_dtype(config.dtype, device),
+            dtype=dtype,
             device=device,
-            own_kernels=config.nf4_kernels == "packed",
+            own_kernels=resolve_nf4_kernels(config.nf4_kernels, config.quantization, dtype, device),
         )
         self.residency = Residency(
             Path(config.store),
@@ -98,11 +105,16 @@ class Engine:
             clock=time.monotonic,
         )
         self.steps = self.prefill_tokens = self.decode_tokens = 0
+        self._lookahead = device.type == "cuda" if config.lookahead is None else config.lookahead
+        self._ahead: Launched | None = None  # the next step, on the device already
         self._probe = EffectProbe(self.base.model.config.vocab_size)
         self._checks: dict[str, tuple[str, Future[Program]]] = {}  # call -> (digest, lowering)
         self._drops: dict[str, Future[None]] = {}  # call -> drop
 
     def close(self) -> None:
+        if self._ahead is not None:
+            self._ahead.results()  # nothing that the device still uses may be freed
+            self._ahead = None
         self.residency.close()
 
     # ---- messages -------------------------------------------------------------------------------
@@ -146,20 +158,29 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        return bool(self.scheduler.running or self.scheduler.waiting or self._ahead)
 
     def step(self) -> tuple[list[messages.Reply], bool]:
-        """Poll the adapters, plan, run, apply. Returns the replies and whether a forward ran."""
+        """Poll the adapters, plan, run, apply. Returns the replies and whether a forward ran.
+
+        With lookahead the step after this one is launched before this one's tokens are waited for.
+        """
         items = self._failures()
-        batch = self.scheduler.schedule()
-        if batch.items:
-            items += self._run(batch)
+        current, self._ahead = self._ahead, None
+        if current is None:
+            batch = self.scheduler.schedule()
+            current = self.runner.launch(batch) if batch.items else None
+        if current is not None:
+            following = self.scheduler.schedule_ahead(current.batch) if self._lookahead else None
+            if following is not None:
+                self._ahead = self.runner.launch(following, current)
+            items += self._apply(current)
         self._probe.observe(items)
         replies: list[messages.Reply] = self._finished_calls()
         visible = [item for item in items if not self._probe.owns(item.id)]
         if visible:
             replies.append(messages.Outputs(visible))
-        return replies, bool(batch.items)
+        return replies, current is not None
 
     def _failures(self) -> list[SequenceOutput]:
         items = []
@@ -174,20 +195,22 @@ class Engine:
             items.append(SequenceOutput(id=sequence.id, error=to_wire(error)))
         return items
 
-    def _run(self, batch: Batch) -> list[SequenceOutput]:
-        results = self.runner.run(batch)
+    def _apply(self, launched: Launched) -> list[SequenceOutput]:
+        """Wait for a step and move its sequences forward; those taken out since it was planned are skipped."""
+        results = launched.results()
         self.steps += 1
-        for item in batch.items:
+        self.scheduler.commit(launched.batch, {name: token for name, (token, _) in results.items()})
+        outputs = []
+        for item in launched.batch.items:
+            sequence = item.sequence
+            if not sequence.is_running:
+                continue
             if item.count == 1 and item.samples:
                 self.decode_tokens += 1
             else:
                 self.prefill_tokens += item.count
-        self.scheduler.commit(batch, {name: token for name, (token, _) in results.items()})
-        outputs = []
-        for item in batch.items:
             if not item.samples:
                 continue
-            sequence = item.sequence
             token, logprobs = results[sequence.id]
             reason, stop_token = self._finish_reason(sequence, token)
             if reason:

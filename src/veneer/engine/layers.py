@@ -2,7 +2,8 @@
 
 The base stays transformers' own model. Its linear layers are wrapped by `AdaptedLinear`, its attention goes
 through `paged_attention_forward` (registered with transformers' AttentionInterface). Both read the step's
-tables from one `StepContext`, which the runner fills before each forward.
+tables from one `StepContext`, which the runner fills before each forward. Layers of packed NF4 also have a fused
+form (fused.py), which reads the same tables.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class StepContext:
     workspace: Workspace | None = None
     kv_cache: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # by layer
     batch: PagedBatch | None = None
+    fused: bool = True  # whether layers that have a fused form run it
 
 
 class AdaptedLinear(nn.Module):
@@ -55,7 +57,7 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.base(x)
         rows = self.step.head_rows if self.is_head else self.step.rows
-        if rows is not None and rows.count:
+        if rows is not None and rows.adapted:
             assert self.step.tables is not None  # the runner sets all three
             assert self.step.workspace is not None
             low_rank(

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.kernels.nf4 import nf4_matmul
+from veneer.kernels.backend import resolve
+from veneer.kernels.nf4 import choose, nf4_matmul, nf4_planes
 from veneer.kernels.nf4_layout import BLOCK, Nf4Codes, Nf4Weight, pack_nf4, read_absmax, read_bitsandbytes
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -36,6 +37,15 @@ class PackedLinear(nn.Module):
         bias: Any = self.bias
         y = nf4_matmul(x.reshape(-1, self.in_features), self._weight, bias)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def parts(self, x: torch.Tensor) -> torch.Tensor:
+        """x W^T [rows, N], without bias, as what adds up to it: [splits, rows, N].
+
+        Few rows on a GPU give float32 planes that were never added; otherwise it is one part of x's type.
+        """
+        if resolve(x.device).name == "triton" and (sizes := choose(x, self._weight)).fused:
+            return nf4_planes(x, self._weight, sizes)
+        return nf4_matmul(x, self._weight).unsqueeze(0)
 
 
 class DequantizingLinear(nn.Module):
@@ -64,14 +74,18 @@ class FusedPart(nn.Module):
     def __init__(self, group: FusedGroup, index: int) -> None:
         super().__init__()
         self._group = [group]  # in a list: the group is a child of its first part only
-        self._index = index
+        self.index = index
         if index == 0:
             self.whole = group.whole
         self.in_features = group.whole.in_features
         self.out_features = group.sizes[index]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._group[0].part(x, self._index)
+        return self.group.part(x, self.index)
+
+    @property
+    def group(self) -> FusedGroup:
+        return self._group[0]
 
 
 class FusedGroup:
@@ -91,6 +105,11 @@ class FusedGroup:
         if index == len(self.sizes) - 1:
             self._x, self._parts = None, ()
         return found
+
+    def is_made_of(self, modules: Sequence[nn.Module]) -> bool:
+        """Whether these are all its parts, in order."""
+        ours = [m.index for m in modules if isinstance(m, FusedPart) and m.group is self]
+        return len(ours) == len(modules) and ours == list(range(len(self.sizes)))
 
 
 Linear = PackedLinear | DequantizingLinear

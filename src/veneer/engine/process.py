@@ -1,6 +1,7 @@
 """The engine process: `python -m veneer.engine.process ADDRESS`, its configuration as JSON on stdin.
 
-One loop: take messages, step, send what came out. It ends when its parent does.
+One loop: take messages, step, send what came out; on a GPU the next step is computing meanwhile. It ends when
+its parent does.
 """
 
 from __future__ import annotations

@@ -1,24 +1,28 @@
 """Runs one planned batch through the base: builds the step's tables, one forward, samples.
 
-Rows are sorted by adapter slot, so that each adapter's rows are neighbours; base rows come first.
+Rows are sorted by adapter slot, so that each adapter's rows are neighbours; base rows come first. On a GPU
+`Runner.launch` only queues the work, and a step can be launched on tokens that the one before has yet to choose.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
+from dataclasses import dataclass
 from itertools import accumulate, groupby
-from typing import Any
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from veneer.adapters.residency import Residency
 from veneer.engine.base import Base
 from veneer.engine.graphs import DecodeGraphs
 from veneer.engine.messages import TokenLogprobs
-from veneer.engine.sampling import SamplingRow, sample
+from veneer.engine.sampling import Sampled, SamplingRow, sample, upload
 from veneer.engine.scheduler import Batch, Scheduled
 from veneer.kernels.attention import PagedBatch
-from veneer.kernels.low_rank import Workspace, choose_tile_rows, make_tiles, tile_capacity
+from veneer.kernels.low_rank import Workspace, make_tiles
 from veneer.kernels.tables import RowTiles, Segment
 
 
@@ -41,6 +45,35 @@ def kv_page_bytes(base: Base, page_size: int) -> int:
     """Bytes of one page over all layers, keys and values."""
     item = torch.empty(0, dtype=base.dtype).element_size()
     return 2 * base.num_layers * page_size * base.num_kv_heads * base.head_dim * item
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step that the device is computing, or has computed."""
+
+    batch: Batch
+    rows: dict[str, int]  # sequence id -> place of its token in the runner's token buffer
+    sampled: Sampled  # on the host, once `done`
+    done: torch.cuda.Event | None  # None on the CPU
+
+    def results(self) -> dict[str, tuple[int, TokenLogprobs | None]]:
+        """Wait for the step; its sampled tokens (and their log probabilities) by sequence id."""
+        if self.done is not None:
+            self.done.synchronize()
+        return dict(zip(self.rows, self.sampled.results(), strict=True))
+
+
+class _Packed(NamedTuple):
+    """What an eager step uploads, each int32 and flat."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    query_start: torch.Tensor
+    kv_len: torch.Tensor
+    last_rows: torch.Tensor
+    previous: torch.Tensor
+    block_table: torch.Tensor
 
 
 class Runner:
@@ -67,115 +100,130 @@ class Runner:
         self._scratch_page = num_pages
         self.graphs: DecodeGraphs | None = None
         self._slots = tables.entries.shape[0]
-        # Static, so that kernels always read the tiles at one address: of all rows, and of the head's rows.
-        self._row_tiles, self._head_tiles = (
-            torch.zeros(max_rows, 3, dtype=torch.int32, device=base.device) for _ in range(2)
-        )
+        self._max_rows = max_rows
+        # The tokens that the last step sampled, in the order of its rows. Static, for graphs.
+        self._tokens = torch.zeros(max_rows, dtype=torch.int64, device=base.device)
 
     def capture_graphs(self, max_batch: int, max_model_len: int) -> None:
         """From here on, steps of decode rows alone replay CUDA graphs."""
         graphs = DecodeGraphs(
             self.base,
+            self._tokens,
             page_size=self.page_size,
             scratch_page=self._scratch_page,
             max_pages=-(-max_model_len // self.page_size),
-            max_batch=max_batch,
+            max_batch=min(max_batch, self._max_rows),
             slots=self._slots,
         )
         graphs.capture()
         self.graphs = graphs
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> dict[str, tuple[int, TokenLogprobs | None]]:
-        """One forward pass. Returns the sampled token (and its log probabilities) by sequence id."""
+    def launch(self, batch: Batch, previous: Launched | None = None) -> Launched:
+        """Start one forward pass and the choice of its tokens; on the CPU, do it.
+
+        With `previous`, the launch before this one, all rows go on from its tokens, which only the device knows.
+        """
         planned = sorted(batch.items, key=lambda item: item.sequence.slot)
+        pending = None if previous is None else [previous.rows[item.sequence.id] for item in planned]
         if self.graphs is not None and self.graphs.fits(planned):
-            logits = self.graphs.run(planned, _segments(planned, [1] * len(planned)))
+            logits, last = self.graphs.run(planned, _segments(planned, [1] * len(planned)), pending)
         else:
-            logits = self.logits(planned)
+            logits, last = self.logits(planned, pending)
+            torch.argmax(logits, -1, out=self._tokens[: len(logits)])
         sampled = [item for item in planned if item.samples]
-        if not sampled:
-            return {}
-        result = sample(logits, [self._sampling_row(item) for item in sampled])
-        return {
-            item.sequence.id: (token, logprobs)
-            for item, token, logprobs in zip(sampled, result.tokens, result.logprobs, strict=True)
-        }
+        rows = [self._sampling_row(item) for item in sampled]
+        result = sample(logits, rows, self._tokens[: len(sampled)], last).to_host()
+        done = None
+        if self.base.device.type == "cuda":
+            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # its waiter sleeps
+            done.record()
+        return Launched(batch, {item.sequence.id: row for row, item in enumerate(sampled)}, result, done)
 
     @torch.inference_mode()
-    def logits(self, planned: Rows[Scheduled]) -> torch.Tensor:
-        """Logits [sampling sequences, vocabulary] at the last row of each sequence that samples.
+    def logits(
+        self, planned: Rows[Scheduled], previous: Rows[int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """An eager forward. `planned` is sorted by slot; rows of the forward follow its order.
 
-        `planned` is sorted by slot; rows of the forward follow its order.
+        Returns logits [sampling sequences, vocabulary] and token ids [sampling sequences] at the last row of each
+        sequence that samples. `previous` are the places of the rows' tokens in the token buffer, if they are there.
         """
-        tokens: list[int] = []
-        positions: list[int] = []
-        last_rows: list[int] = []
-        for item in planned:
-            tokens += item.sequence.tokens[item.start : item.start + item.count]
-            positions += range(item.start, item.start + item.count)
-            if item.samples:
-                last_rows.append(len(tokens) - 1)
+        packed = self._pack(planned, previous)
+        ids = packed.ids.long() if previous is None else self._tokens[packed.previous.long()]
+        last_rows = packed.last_rows.long()
         step = self._step
-        step.batch = self._paged_batch(planned)
-        step.rows = self._tiles(planned, [item.count for item in planned], self._row_tiles)
+        counts = [item.count for item in planned]
+        step.batch = PagedBatch(
+            query_start=packed.query_start,
+            kv_len=packed.kv_len,
+            block_table=packed.block_table.view(len(planned), -1),
+            slot_mapping=packed.slots.long(),
+            query_lens=counts,
+            kv_lens=[item.start + item.count for item in planned],
+        )
+        step.rows = self._tiles(planned, counts)
         sampling = [item for item in planned if item.samples]
-        step.head_rows = self._tiles(sampling, [1] * len(sampling), self._head_tiles)
-        device = self.base.device
+        step.head_rows = self._tiles(sampling, [1] * len(sampling))
         out = self.base.model(
-            input_ids=torch.tensor([tokens], device=device),
-            position_ids=torch.tensor([positions], device=device),
+            input_ids=ids.unsqueeze(0),
+            position_ids=packed.positions.long().unsqueeze(0),
             use_cache=False,
-            logits_to_keep=torch.tensor(last_rows, dtype=torch.long, device=device),
+            logits_to_keep=last_rows,
         )
         logits: torch.Tensor = out.logits[0]
-        return logits
+        return logits, ids[last_rows]
 
-    def _paged_batch(self, planned: Rows[Scheduled]) -> PagedBatch:
+    def _pack(self, planned: Rows[Scheduled], previous: Rows[int] | None) -> _Packed:
+        """The step's tables, on the device by one copy."""
         size = self.page_size
-        slots: list[int] = []
-        for item in planned:
-            pages = item.sequence.pages
-            slots += [pages[p // size] * size + p % size for p in range(item.start, item.start + item.count)]
-        tables = [item.sequence.pages[: -(-(item.start + item.count) // size)] for item in planned]
+        ids, last_rows = [], []
+        stops = [item.start + item.count for item in planned]
+        starts = [0, *accumulate(item.count for item in planned)]
+        positions = [np.arange(item.start, stop) for item, stop in zip(planned, stops, strict=True)]
+        tables = [item.sequence.pages[: -(-stop // size)] for item, stop in zip(planned, stops, strict=True)]
+        slots = [
+            np.array(table)[position // size] * size + position % size
+            for table, position in zip(tables, positions, strict=True)
+        ]
+        for item, after in zip(planned, starts[1:], strict=True):
+            ids += [0] if previous else item.sequence.tokens[item.start : item.start + item.count]
+            if item.samples:
+                last_rows.append(after - 1)
         widest = max(map(len, tables))
-        query_lens = [item.count for item in planned]
-        kv_lens = [item.start + item.count for item in planned]
+        pages = [page for table in tables for page in table + [0] * (widest - len(table))]
+        parts: list[ArrayLike] = [
+            ids,
+            np.concatenate(positions),
+            np.concatenate(slots),
+            starts,
+            stops,
+            last_rows,
+            previous or [],
+            pages,
+        ]
+        arrays = [np.asarray(part, np.int32) for part in parts]
+        packed = upload(np.concatenate(arrays), np.int32, self.base.device)
+        return _Packed(*torch.split(packed, [array.size for array in arrays]))
 
-        def int32(values: list[Any]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=self.base.device)
-
-        return PagedBatch(
-            query_start=int32([0, *accumulate(query_lens)]),
-            kv_len=int32(kv_lens),
-            block_table=int32([table + [0] * (widest - len(table)) for table in tables]),
-            slot_mapping=torch.tensor(slots, device=self.base.device),
-            query_lens=query_lens,
-            kv_lens=kv_lens,
-        )
-
-    def _tiles(self, planned: Rows[Scheduled], counts: Rows[int], out: torch.Tensor) -> RowTiles:
-        rows = sum(counts)
-        tile_rows = choose_tile_rows(rows)
-        capacity = tile_capacity(rows, self._slots, tile_rows)
-        return make_tiles(_segments(planned, counts), capacity, tile_rows, out=out[:capacity])
+    def _tiles(self, planned: Rows[Scheduled], counts: Rows[int]) -> RowTiles:
+        return make_tiles(_segments(planned, counts), sum(counts), self._slots, self.base.device)
 
     def _sampling_row(self, item: Scheduled) -> SamplingRow:
         sequence = item.sequence
         p = sequence.sampling
-        output = sequence.tokens[sequence.num_prompt_tokens :]
-        forbidden = [*self.base.eos_token_ids, *p.stop_token_ids] if len(output) < p.min_tokens else []
-        return SamplingRow(p, sequence.tokens[: sequence.num_prompt_tokens], output, forbidden)
+        position = item.start + item.count - sequence.num_prompt_tokens
+        forbidden = [*self.base.eos_token_ids, *p.stop_token_ids] if position < p.min_tokens else []
+        return SamplingRow(p, sequence.tokens, sequence.num_prompt_tokens, position, forbidden)
 
 
 def _segments(planned: Rows[Scheduled], counts: Rows[int]) -> list[Segment]:
-    """Neighbouring rows of one adapter; `counts` are the rows of each item. Base rows are in no segment."""
+    """Neighbouring rows of one adapter or of the base; `counts` are the rows of each item."""
     segments = []
     row = 0
     pairs = zip(planned, counts, strict=True)
     for slot, group in groupby(pairs, key=lambda pair: pair[0].sequence.slot):
         rows = sum(count for _, count in group)
-        if slot >= 0:
-            segments.append(Segment(slot, row, row + rows))
+        segments.append(Segment(slot, row, row + rows))
         row += rows
     return segments

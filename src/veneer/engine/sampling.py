@@ -4,15 +4,20 @@ logits, parameters, history and (seed, position) alone, never on what else is in
 Randomness is one uniform number per (seed, position), inverted through the row's cumulative distribution in
 vocabulary order, so the same request gives the same tokens in any batch and on any device (up to the last
 bits of the logits).
+
+Tokens are chosen on the device. Only `Sampled.results` waits for it; what to launch is decided from the
+parameters, which the host knows. (No numbers in torch.where here: it would copy them to the device and wait.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike, DTypeLike
 
 from veneer.engine.messages import SamplingParams, TokenLogprobs
 
@@ -24,14 +29,67 @@ class SamplingRow:
     """What one row needs besides its logits."""
 
     params: SamplingParams
-    prompt: Sequence[int]  # token ids
-    output: Sequence[int]  # token ids generated so far
+    tokens: Sequence[int]  # prompt and output; the last may be missing while only the device knows it
+    num_prompt: int  # tokens of the prompt
+    position: int  # tokens generated before the one to choose
     forbidden: Sequence[int] = ()  # token ids that may not be chosen now (end tokens below min_tokens)
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether the last token is known to the device alone."""
+        return self.num_prompt + self.position > len(self.tokens)
 
-class Sampled(NamedTuple):
-    tokens: list[int]
-    logprobs: list[TokenLogprobs | None]
+    @property
+    def is_penalized(self) -> bool:
+        p = self.params
+        return (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1.0, 0.0, 0.0)
+
+    @property
+    def takes_largest(self) -> bool:
+        """Whether the choice is the largest of the logits as they are."""
+        p = self.params
+        return p.temperature <= 0 and not (p.logit_bias or self.forbidden or self.is_penalized)
+
+    def changes(self) -> Mapping[int, float]:
+        """What logit_bias and forbidden tokens add to the logits, by token id."""
+        return {**self.params.logit_bias, **dict.fromkeys(self.forbidden, float("-inf"))}
+
+
+class TopLogprobs(NamedTuple):
+    """Log probabilities of the rows that want them, in their order."""
+
+    own: torch.Tensor  # [rows, 1], of the chosen tokens
+    ids: torch.Tensor  # int64 [rows, most], the likeliest tokens
+    values: torch.Tensor  # [rows, most]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The chosen tokens, on the device until `to_host`."""
+
+    rows: Sequence[SamplingRow]
+    tokens: torch.Tensor  # int64 [rows]
+    top: TopLogprobs | None
+
+    def to_host(self) -> Sampled:
+        """A copy in (pinned) host memory, valid once the device has done what was launched so far."""
+
+        def copy(x: torch.Tensor) -> torch.Tensor:
+            return x.to("cpu", non_blocking=True, copy=True)
+
+        return Sampled(self.rows, copy(self.tokens), self.top and TopLogprobs(*map(copy, self.top)))
+
+    def results(self) -> list[tuple[int, TokenLogprobs | None]]:
+        """Token and log probabilities of each row. Waits for the device when the tensors are there."""
+        wanted = iter(zip(*(x.tolist() for x in self.top), strict=True)) if self.top else iter(())
+        found: list[tuple[int, TokenLogprobs | None]] = []
+        for row, token in zip(self.rows, self.tokens.tolist(), strict=True):
+            k, logprobs = row.params.logprobs, None
+            if k is not None:
+                (own,), ids, values = next(wanted)
+                logprobs = TokenLogprobs(own, ids[:k], values[:k])
+            found.append((token, logprobs))
+        return found
 
 
 def uniform(seed: int, position: int) -> float:
@@ -45,108 +103,128 @@ def uniform(seed: int, position: int) -> float:
     return (z >> 11) * 2.0**-53
 
 
-def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Sampled:
+def upload(values: ArrayLike, dtype: DTypeLike, device: torch.device) -> torch.Tensor:
+    """A tensor on `device`, through pinned memory, so that the host does not wait for the copy."""
+    array: np.ndarray[Any, Any] = np.asarray(values, dtype)
+    host = torch.from_numpy(array)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def sample(
+    logits: torch.Tensor,
+    rows: Sequence[SamplingRow],
+    tokens: torch.Tensor | None = None,
+    last: torch.Tensor | None = None,
+) -> Sampled:
     """Choose one token for each row.
 
     logits: [rows, vocabulary], any float type; not modified. Order of operations: logit_bias, forbidden
     tokens, penalties, temperature, top_k, top_p, min_p. Log probabilities are those of the raw logits.
+    tokens: int64 [rows], the argmax of each row, if it is there already; becomes the result.
+    last: integers [rows], the last token of each row; needed when one is pending.
     """
-    raw = logits.float()
-    scores = _adjust(raw, rows)
-    tokens = scores.argmax(-1)
-    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
-    if drawn:
-        index = torch.tensor(drawn, device=logits.device)
-        tokens[index] = _draw(scores[index], [rows[i] for i in drawn])
-    chosen: list[int] = tokens.tolist()
-    return Sampled(chosen, _logprobs(raw, chosen, rows))
+    if tokens is None:
+        tokens = logits.argmax(-1)
+    chosen = [i for i, row in enumerate(rows) if not row.takes_largest]
+    if chosen:
+        index = upload(chosen, np.int64, logits.device)
+        scores = logits[index].float()
+        tokens[index] = _choose(scores, [rows[i] for i in chosen], None if last is None else last[index])
+    return Sampled(rows, tokens, _logprobs(logits, tokens, rows))
 
 
-def _adjust(raw: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
-    scores = raw
-    for i, row in enumerate(rows):
-        p = row.params
-        penalized = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1.0, 0.0, 0.0)
-        if not (p.logit_bias or row.forbidden or penalized):
-            continue
-        if scores is raw:
-            scores = raw.clone()
-        if p.logit_bias:
-            ids = torch.tensor(list(p.logit_bias), device=raw.device)
-            scores[i, ids] += torch.tensor(list(p.logit_bias.values()), device=raw.device)
-        if row.forbidden:
-            scores[i, torch.tensor(row.forbidden, device=raw.device)] = float("-inf")
-        if penalized:
-            scores[i] = _penalize(scores[i], row)
-    return scores
+def _choose(scores: torch.Tensor, rows: Sequence[SamplingRow], last: torch.Tensor | None) -> torch.Tensor:
+    """Token ids [rows]. scores: float32 [rows, vocabulary], the logits; overwritten."""
+    changes = [(i, *change) for i, row in enumerate(rows) for change in row.changes().items()]
+    if changes:
+        row, token, change = upload(changes, np.float64, scores.device).unbind(1)
+        scores[row.long(), token.long()] += change.float()
+    penalized = [i for i, row in enumerate(rows) if row.is_penalized]
+    if penalized:
+        index = upload(penalized, np.int64, scores.device)
+        scores[index] = _penalize(
+            scores[index], [rows[i] for i in penalized], None if last is None else last[index]
+        )
+    greedy = scores.argmax(-1)
+    if all(row.params.temperature <= 0 for row in rows):
+        return greedy
+    return _draw(scores, rows, greedy)
 
 
-def _penalize(scores: torch.Tensor, row: SamplingRow) -> torch.Tensor:
+def _penalize(scores: torch.Tensor, rows: Sequence[SamplingRow], last: torch.Tensor | None) -> torch.Tensor:
     """Repetition penalty (Keskar et al., 2019) over prompt and output; the others over the output (OpenAI)."""
-    p = row.params
-    vocabulary = scores.shape[0]
-    output = torch.tensor(row.output, dtype=torch.long, device=scores.device)
-    counts = torch.bincount(output, minlength=vocabulary)[:vocabulary]
-    if p.repetition_penalty != 1.0:
-        seen = counts > 0
-        seen[torch.tensor(row.prompt, dtype=torch.long, device=scores.device)] = True
-        penalized = torch.where(scores > 0, scores / p.repetition_penalty, scores * p.repetition_penalty)
+    params = [(row.params.repetition_penalty, row.params.frequency_penalty) for row in rows]
+    presence = [(row.params.presence_penalty, float(row.is_pending)) for row in rows]
+    table = upload(np.hstack([params, presence]), np.float32, scores.device)
+    repetition, frequency, presence_, pending = (column.unsqueeze(1) for column in table.unbind(1))
+    counts = _counts(scores, [row.tokens[row.num_prompt :] for row in rows])
+    if any(row.is_pending for row in rows):
+        assert last is not None  # the runner knows it of every row
+        counts.scatter_add_(1, last.long().unsqueeze(1), pending)
+    if any(row.params.repetition_penalty != 1.0 for row in rows):
+        seen = _counts(scores, [row.tokens[: row.num_prompt] for row in rows]) + counts > 0
+        penalized = torch.where(scores > 0, scores / repetition, scores * repetition)
         scores = torch.where(seen, penalized, scores)
-    return scores - p.frequency_penalty * counts - p.presence_penalty * (counts > 0)
+    return scores - frequency * counts - presence_ * (counts > 0)
 
 
-def _column(values: list[float], device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=device).unsqueeze(1)
+def _counts(scores: torch.Tensor, ids: Sequence[Sequence[int]]) -> torch.Tensor:
+    """How often each token is in each list: float32 like scores. Sums of ones are exact in any order."""
+    vocabulary = scores.shape[1]
+    flat = np.concatenate([np.asarray(tokens, np.int64) + i * vocabulary for i, tokens in enumerate(ids)])
+    where = upload(flat, np.int64, scores.device)
+    counts = torch.zeros_like(scores)
+    counts.view(-1).index_add_(0, where, torch.ones_like(where, dtype=torch.float32))
+    return counts
 
 
-def _draw(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
-    """Sample from the filtered distribution of each row. Returns token ids [rows]."""
-    temperature = _column([row.params.temperature for row in rows], scores.device)
-    probs = torch.softmax(scores.double() / temperature, dim=-1)
-    for i, row in enumerate(rows):
-        p = row.params
-        if 0 < p.top_k < probs.shape[1] or p.top_p < 1 or p.min_p > 0:
-            probs[i] = _filter(probs[i], p)
-    cumulative = probs.cumsum(-1)
+def _draw(scores: torch.Tensor, rows: Sequence[SamplingRow], greedy: torch.Tensor) -> torch.Tensor:
+    """Sample from the filtered distribution of each row, those of temperature 0 aside. Token ids [rows]."""
+    vocabulary = scores.shape[1]
+    params = [row.params for row in rows]
+    limits = [p.top_k if 0 < p.top_k < vocabulary else vocabulary for p in params]
     # Positions count generated tokens, so a preempted or differently chunked run draws the same numbers.
-    draws = _column([uniform(row.params.seed, len(row.output)) for row in rows], scores.device)
+    columns = [
+        (1.0, p.temperature, limit, p.top_p, p.min_p, uniform(p.seed, row.position))
+        if p.temperature > 0
+        else (0.0, 1.0, limit, p.top_p, p.min_p, 0.0)
+        for row, p, limit in zip(rows, params, limits, strict=True)
+    ]
+    table = upload(columns, np.float64, scores.device)
+    drawn, temperature, limit, top_p, min_p, draws = (column.unsqueeze(1) for column in table.unbind(1))
+    probs = torch.softmax(scores.double() / temperature, dim=-1)
+    cut = [i for i, p in enumerate(params) if p.top_p < 1 or limits[i] < vocabulary]
+    if cut:
+        index = upload(cut, np.int64, scores.device)
+        probs[index] = _cut(probs[index], scores[index], limit[index], top_p[index])
+    if any(p.min_p > 0 for p in params):  # Nguyen et al., 2024; the cut keeps the largest
+        probs.masked_fill_(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
+    cumulative = probs.cumsum(-1)
     target = draws * cumulative[:, -1:]
     # The first token whose cumulative probability exceeds the target; never one of probability zero.
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_(max=probs.shape[1] - 1)
+    found = torch.searchsorted(cumulative, target, right=True).clamp_(max=vocabulary - 1)
+    return torch.where(drawn > 0, found, greedy.unsqueeze(1)).squeeze(1)
 
 
-def _filter(probs: torch.Tensor, p: SamplingParams) -> torch.Tensor:
-    """Zero what top_k, top_p (Holtzman et al., 2020) and min_p (Nguyen et al., 2024) exclude. probs: [V]."""
-    keep = torch.ones_like(probs, dtype=torch.bool)
-    limit = p.top_k if 0 < p.top_k < probs.shape[0] else probs.shape[0]
-    if p.top_p < 1 or limit < probs.shape[0]:
-        order = torch.argsort(probs, descending=True, stable=True)
-        keep[order[limit:]] = False
-        if p.top_p < 1:
-            ordered = probs[order[:limit]]
-            before = ordered.cumsum(0) - ordered
-            # the smallest set whose mass reaches top_p of what top_k left; always at least one token
-            excluded = before >= p.top_p * ordered.sum()
-            excluded[0] = False
-            keep[order[:limit][excluded]] = False
-    if p.min_p > 0:
-        keep &= probs >= p.min_p * probs.max()
-    return torch.where(keep, probs, 0.0)
+def _cut(probs: torch.Tensor, scores: torch.Tensor, limit: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Zero what top_k and top_p (Holtzman et al., 2020) exclude.
+
+    probs, scores: [rows, vocabulary], in the same order by size; limit, top_p: [rows, 1].
+    """
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(probs.shape[1], device=probs.device)
+    ordered = probs.gather(1, order).masked_fill_(rank >= limit, 0.0)
+    before = ordered.cumsum(-1) - ordered
+    # the smallest set whose mass reaches top_p of what top_k left; always at least one token
+    excluded = (top_p < 1) & (before >= top_p * ordered.sum(-1, keepdim=True)) & (rank > 0)
+    return torch.zeros_like(probs).scatter_(1, order, ordered.masked_fill_(excluded, 0.0))
 
 
-def _logprobs(
-    raw: torch.Tensor, tokens: list[int], rows: Sequence[SamplingRow]
-) -> list[TokenLogprobs | None]:
-    found: list[TokenLogprobs | None] = [None] * len(rows)
+def _logprobs(logits: torch.Tensor, tokens: torch.Tensor, rows: Sequence[SamplingRow]) -> TopLogprobs | None:
     wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
     if not wanted:
-        return found
-    index = torch.tensor(wanted, device=raw.device)
-    logs = torch.log_softmax(raw[index], dim=-1)
-    most = max(rows[i].params.logprobs or 0 for i in wanted)
-    values, ids = logs.topk(most, dim=-1) if most else (logs[:, :0], index[:, None][:, :0])
-    own = logs.gather(1, torch.tensor([[tokens[i]] for i in wanted], device=raw.device))
-    for row, i in enumerate(wanted):
-        k = rows[i].params.logprobs or 0
-        found[i] = TokenLogprobs(own[row].item(), ids[row, :k].tolist(), values[row, :k].tolist())
-    return found
+        return None
+    index = upload(wanted, np.int64, logits.device)
+    logs = torch.log_softmax(logits[index].float(), dim=-1)
+    values, ids = logs.topk(max(rows[i].params.logprobs or 0 for i in wanted), dim=-1)
+    return TopLogprobs(logs.gather(1, tokens[index].unsqueeze(1)), ids, values)

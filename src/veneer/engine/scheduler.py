@@ -1,9 +1,12 @@
 """Decides what each step computes: continuous batching with chunked prefill over pages and adapter slots.
 
-`schedule` plans a step, `commit` applies what it computed; nothing else moves a sequence forward. Imports no
-torch. Everything goes in order of arrival, which a preempted sequence keeps: the earliest sequence always gets
-on, and each becomes the earliest in its turn. Only a lack of adapter slots lets others pass, and not for ever:
-after `slot_patience` the adapter whose slot was held longest must yield.
+`schedule` plans a step, `commit` applies what it computed; nothing else moves a sequence forward. A step may be
+planned ahead, before the one it follows is committed (`schedule_ahead`); `schedule`, and with it preemption,
+comes only when all that was planned is committed. Imports no torch.
+
+Everything goes in order of arrival, which a preempted sequence keeps: the earliest sequence always gets on, and
+each becomes the earliest in its turn. Only a lack of adapter slots lets others pass, and not for ever: after
+`slot_patience` the adapter whose slot was held longest must yield.
 """
 
 from __future__ import annotations
@@ -11,13 +14,15 @@ from __future__ import annotations
 from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import NamedTuple, Protocol
 
 from veneer.engine.pages import PagePool
 from veneer.engine.sequence import Sequence
 from veneer.errors import InvalidRequest, QueueFull
+
+UNKNOWN = -1  # stands for a token where only the number of tokens matters
 
 
 class AdapterGate(Protocol):
@@ -189,6 +194,22 @@ class Scheduler:
             plan(sequence)
         return Batch(items)
 
+    def schedule_ahead(self, batch: Batch) -> Batch | None:
+        """Plan the step after `batch`, which is not committed yet: the same sequences, one token further.
+
+        Those that certainly end with `batch` are left out. Others may turn out to have ended, too: `commit` skips
+        what was computed for them. None when there is more to decide than that, and `schedule` has to do it.
+        """
+        items = [item for item in batch.items if item.sequence.is_running]
+        following = [item for item in items if not self._ends_with(item)]
+        if not following or not all(item.samples for item in items):
+            return None
+        if self.waiting and (len(following) < len(items) or self._must_yield() or self._can_admit()):
+            return None
+        if not all(self._reach(item.sequence, item.start + item.count + 1) for item in following):
+            return None
+        return Batch([Scheduled(item.sequence, item.start + item.count, 1, True) for item in following])
+
     def commit(self, batch: Batch, tokens: Mapping[str, int]) -> None:
         """Apply a computed step. `tokens` has the sampled token of each item that samples, by sequence id."""
         for item in batch.items:
@@ -209,6 +230,30 @@ class Scheduler:
         if sequence.is_running:
             self.pool.allocate(sequence)
         return sequence.is_running
+
+    def _reach(self, sequence: Sequence, length: int) -> bool:
+        """Get the page for the last of `length` tokens, one more than are known, if there is one."""
+        if self.pool.pages_for(length) > len(sequence.pages):
+            longer = replace(sequence, tokens=[UNKNOWN] * length)  # shares the block table
+            if not self.pool.can_allocate(longer):
+                return False
+            self.pool.allocate(longer)
+        return True
+
+    def _ends_with(self, item: Scheduled) -> bool:
+        """Whether the token that `item` samples is the last, whichever it is."""
+        length = item.start + item.count + 1
+        most = item.sequence.num_prompt_tokens + item.sequence.sampling.max_tokens
+        return length >= min(most, self.max_model_len)
+
+    def _can_admit(self) -> bool:
+        """Whether `schedule` would start a waiting sequence. It keeps its slot till then."""
+        if len(self.running) >= self.max_num_seqs:
+            return False
+        before, self._absent = self._absent, set()
+        first = next((sequence for sequence in self.waiting if self._get_slot(sequence)), None)
+        self._absent |= before  # `schedule` goes by those of its own attempts
+        return first is not None and self.pool.can_allocate(first)
 
     def _start(self, sequence: Sequence) -> None:
         self.pool.allocate(sequence)
@@ -261,20 +306,10 @@ class Scheduler:
         Only those held for `slot_patience` must yield, and only when their users have advanced; where some have
         not, the adapter closes: no sequence joins it until they have.
         """
-        wanted = {sequence.adapter for sequence in self.waiting}
-        self._turned_away = {digest: since for digest, since in self._turned_away.items() if digest in wanted}
-        self._yielded = {held: by for held, by in self._yielded.items() if by in self._turned_away}
-        self._closing.clear()
-        latest = self.clock() - self.slot_patience
-        impatient = [digest for digest, since in self._turned_away.items() if since <= latest]
-        impatient = [digest for digest in impatient if digest in self._absent]  # others lack more than a slot
-        for digest in impatient[: self.max_num_seqs]:  # more could not run at once
+        self._forget_waits()
+        for digest in self._impatient()[: self.max_num_seqs]:  # more could not run at once
             while self.gate.is_blocked(digest):
-                overdue = {
-                    held: hold
-                    for held, hold in self._holds.items()
-                    if hold.since <= latest and not self.gate.is_pinned(held)
-                }
+                overdue = self._overdue()
                 held = next((held for held, hold in overdue.items() if hold.has_advanced), None)
                 if held is None:
                     self._closing.update(overdue)
@@ -282,6 +317,33 @@ class Scheduler:
                 self._yielded[held] = digest
                 for sequence in list(overdue[held].users):
                     self._preempt(sequence)
+
+    def _forget_waits(self) -> None:
+        """Let go of what was noted for requests that wait no more, and of who was to yield."""
+        wanted = {sequence.adapter for sequence in self.waiting}
+        self._turned_away = {digest: since for digest, since in self._turned_away.items() if digest in wanted}
+        self._yielded = {held: by for held, by in self._yielded.items() if by in self._turned_away}
+        self._closing.clear()
+
+    def _must_yield(self) -> bool:
+        """Whether `_yield_slots` would have something to do."""
+        self._forget_waits()
+        impatient = self._impatient()[: self.max_num_seqs] if self._overdue() else []
+        return any(self.gate.is_blocked(digest) for digest in impatient)
+
+    def _impatient(self) -> list[str]:
+        """Adapters that waited too long for a slot and lack nothing else; longest first."""
+        latest = self.clock() - self.slot_patience
+        return [d for d, since in self._turned_away.items() if since <= latest and d in self._absent]
+
+    def _overdue(self) -> dict[str, _Hold]:
+        """Adapters that have held a slot too long, longest first."""
+        latest = self.clock() - self.slot_patience
+        return {
+            held: hold
+            for held, hold in self._holds.items()
+            if hold.since <= latest and not self.gate.is_pinned(held)
+        }
 
     # ---- checks and removal ---------------------------------------------------------------------
 

@@ -32,8 +32,8 @@ class PagedBatch:
 
     query_start: torch.Tensor  # int32 [sequences + 1], first row of each sequence
     kv_len: torch.Tensor  # int32 [sequences], keys including the new tokens
-    block_table: torch.Tensor  # int32 [sequences, pages]
-    slot_mapping: torch.Tensor  # int64 [rows], page * page_size + offset of each new token
+    block_table: torch.Tensor  # int32 [sequences, pages], any strides
+    slot_mapping: torch.Tensor  # int32 or int64 [rows], page * page_size + offset of each new token
     query_lens: Sequence[int]  # host
     kv_lens: Sequence[int]  # host
     _groups: dict[tuple[int, int | None], list[KeyGroup]] = field(
@@ -61,8 +61,9 @@ def write_kv(
 
     Every slot must be valid: rows that pad a captured graph point into a page set aside for them.
     """
-    k_cache.view(-1, *k.shape[1:]).index_copy_(0, slot_mapping, k)
-    v_cache.view(-1, *v.shape[1:]).index_copy_(0, slot_mapping, v)
+    slots = slot_mapping.long()
+    k_cache.view(-1, *k.shape[1:]).index_copy_(0, slots, k)
+    v_cache.view(-1, *v.shape[1:]).index_copy_(0, slots, v)
 
 
 def paged_attention(
@@ -181,7 +182,7 @@ def paged_attention_triton(
             softcap or 0.0,
             q.stride(0),
             q.stride(1),
-            batch.block_table.stride(0),
+            *batch.block_table.stride(),
             HEADS=heads,
             KV_HEADS=kv_heads,
             HEAD_DIM=head_dim,

@@ -1,12 +1,14 @@
-"""Batched low-rank matmul: every row of a step gets its own adapter's update, in place.
+"""Batched low-rank matmul: every row of a step gets its own adapter's update.
 
-For each row of each segment, at one site:  y += B^T (A x) + bias      A: [rank, in], B: [rank, out]
+For each row of each segment with an adapter, at one site:  y += B^T (A x) + bias    A: [rank, in], B: [rank, out]
 
-Sums run in float32. A x is rounded once to the engine's dtype before B, as PEFT's lora_A does; in float32
-nothing is rounded and no reduced-precision matrix unit is used. Rows in no segment are not touched.
+`shrink` makes h = A x for the sites of one input; an epilogue (kernels/epilogue.py) adds B^T h to what the base
+computed. Sums run in float32. h is rounded once to the engine's dtype before B, as PEFT's lora_A does; in
+float32 nothing is rounded and no reduced-precision matrix unit is used.
 
-The Triton path reads no device memory on the host and never synchronizes. Its grid follows from shapes, the
-capacity of the tile table and the rank bound, so a captured graph replays any mix of adapters.
+The Triton path reads no device memory on the host and never synchronizes. Its grid follows from shapes and from
+the capacity of the tile table, and its programs loop over the tiles in use, so a captured graph replays any mix
+of adapters and a table that is mostly empty costs nothing.
 """
 
 from __future__ import annotations
@@ -15,113 +17,232 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from veneer.kernels.backend import resolve
-from veneer.kernels.tables import ABSENT, AdapterTables, RowTiles, Segment
+from veneer.kernels.tables import ABSENT, ALIGNED, BASE_SLOT, AdapterTables, RowTiles, Segment
 
-TARGET_PROGRAMS = 528  # four for each multiprocessor of an H100, so that loads are in flight everywhere
-SPLIT_ROWS = 2048  # splits x rows stays under this, which bounds the planes
-MIN_SPLIT = 128  # columns; a shorter split costs more in planes than it wins
-RANK_PROGRAMS = 4  # programs that share the ranks of one tile; each walks its blocks of ranks
+GROUP_SITES = 3  # the most sites that share an input: q, k and v
+DECODE_TILE = 8  # rows; the fewest that a matrix unit takes
+PROGRAMS = 1056  # eight for each multiprocessor of an H100, so that loads are in flight everywhere
+MAX_SPLITS = 16  # planes of h; the epilogue reads them all
+MIN_SPLIT = 256  # columns; a shorter split costs more in planes than it wins
+SPLIT_ROWS = 4096  # splits x rows stays under this, which bounds the planes
 MAX_VIEWS = 1 << 15  # cached views of the arena; more are rebuilt
 
 
 @dataclass(frozen=True)
-class LowRankPlan:
+class ShrinkPlan:
     """Tile sizes of one launch. Depends on nothing that changes between replays of a graph."""
 
     block_m: int  # rows
     block_r: int  # ranks
     block_k: int  # columns of x
-    block_n: int  # columns of y
-    rank_programs: int
     splits: int
     split_size: int  # columns of x in one split, a multiple of block_k
+    programs: int
     num_warps: int
+    num_stages: int
 
 
-def plan(rows: int, in_features: int, capacity: int, tile_rows: int, rank_bound: int) -> LowRankPlan:
-    """Choose tiles: few rows are split over the columns of x to fill the GPU, many rows are not."""
-    prefill = tile_rows > 16
-    block_r = 16 if not prefill or rank_bound <= 16 else 32
+def plan(
+    rows: int, in_features: int, sites: int, capacity: int, tile_rows: int, rank_bound: int
+) -> ShrinkPlan:
+    """Choose tiles: few rows are split over the columns of x to fill the GPU, many rows are not.
+
+    Decode steps of every size are split alike, so that a row's sums do not depend on the others.
+    """
+    prefill = tile_rows > DECODE_TILE
     block_k = 64 if prefill else 128
-    wanted = min(TARGET_PROGRAMS // max(capacity, 1), in_features // MIN_SPLIT, SPLIT_ROWS // max(rows, 1))
-    split_size = _ceil_div(_ceil_div(in_features, max(wanted, 1)), block_k) * block_k
-    return LowRankPlan(
+    wanted = min(MAX_SPLITS, in_features // MIN_SPLIT, SPLIT_ROWS // max(rows, 1) if prefill else MAX_SPLITS)
+    split_size = _ceil_div(_ceil_div(in_features, _power_of_two_up_to(wanted)), block_k) * block_k
+    splits = _ceil_div(in_features, split_size)
+    return ShrinkPlan(
         block_m=tile_rows,
-        block_r=block_r,
+        block_r=16 if rank_bound <= 16 else 32,
         block_k=block_k,
-        block_n=64 if not prefill else 128,
-        rank_programs=min(RANK_PROGRAMS, _ceil_div(rank_bound, block_r)),
-        splits=_ceil_div(in_features, split_size),
+        splits=splits,
         split_size=split_size,
-        num_warps=4,
+        programs=min(capacity * sites * splits, PROGRAMS),
+        num_warps=4 if prefill else 2,
+        num_stages=3,
     )
 
 
+def _power_of_two_up_to(value: int) -> int:
+    return 1 << max(value, 1).bit_length() - 1
+
+
 def choose_tile_rows(rows: int) -> int:
-    """Rows of a tile for a step of `rows` rows: 16 for decode, 64 once prefill chunks fill tiles."""
-    return 16 if rows <= 256 else 64
+    """Rows of a tile for a step of `rows` rows: 8 for decode, 64 once prefill chunks fill tiles."""
+    return DECODE_TILE if rows <= 256 else 64
 
 
 def tile_capacity(rows: int, slots: int, tile_rows: int) -> int:
-    """The most tiles that `rows` rows over at most `slots` adapters can need."""
-    segments = min(rows, slots)
+    """The most tiles that `rows` rows over the base and at most `slots` adapters can need."""
+    segments = min(rows, slots + 1)
     return segments + (rows - segments) // tile_rows
 
 
-def make_tiles(
-    segments: Sequence[Segment], capacity: int, tile_rows: int, out: torch.Tensor | None = None
-) -> RowTiles:
-    """Cut segments into tiles of at most `tile_rows` rows.
+def fill_tiles(block: NDArray[np.int32], segments: Sequence[Segment], tile_rows: int) -> None:
+    """Write a tile table on the host: int32 [1 + capacity, 3], (tiles in use, 0, 0) and then the tiles.
 
-    `out` is the static int32 [capacity, 3] buffer to fill, by one asynchronous copy when it is on a GPU;
-    without it a new CPU tensor is made. Raises ValueError when the tiles do not fit.
+    Raises ValueError when the tiles do not fit.
     """
     used = [
-        (segment.slot, first, min(tile_rows, segment.stop - first))
-        for segment in segments
-        for first in range(segment.start, segment.stop, tile_rows)
+        (slot, first, min(tile_rows, stop - first))
+        for slot, start, stop in segments
+        for first in range(start, stop, tile_rows)
     ]
-    if len(used) > capacity:
-        raise ValueError(f"{len(used)} tiles do not fit a table of {capacity}; size it with tile_capacity()")
-    on_gpu = out is not None and out.is_cuda
-    padded = used + [(0, 0, 0)] * (capacity - len(used))
-    host = torch.tensor(padded, dtype=torch.int32, pin_memory=on_gpu).view(capacity, 3)
-    tiles = host if out is None else out.copy_(host, non_blocking=on_gpu)
-    return RowTiles(tuple(segments), tiles, len(used), tile_rows)
+    if len(used) >= len(block):
+        raise ValueError(
+            f"{len(used)} tiles do not fit a table of {len(block) - 1}; size it with tile_capacity()"
+        )
+    block[0] = len(used), 0, 0
+    if used:
+        block[1 : len(used) + 1] = used
+
+
+def view_tiles(block: torch.Tensor, segments: Sequence[Segment], adapted: bool, tile_rows: int) -> RowTiles:
+    """The tiles that `fill_tiles` wrote, once they are on the device: views of `block`."""
+    return RowTiles(tuple(segments), block[1:], block[0, :1], adapted, tile_rows)
+
+
+def make_tiles(segments: Sequence[Segment], rows: int, slots: int, device: torch.device) -> RowTiles:
+    """Cut segments into tiles, on `device` by one asynchronous copy.
+
+    The segments must cover rows 0 to `rows` in order, those of the base included; raises ValueError otherwise.
+    """
+    stops = [0, *(segment.stop for segment in segments)]
+    if [segment.start for segment in segments] != stops[:-1] or stops[-1] != rows:
+        raise ValueError(f"segments {list(segments)} do not cover rows 0 to {rows} in order")
+    tile_rows = choose_tile_rows(rows)
+    shape = (1 + tile_capacity(rows, slots, tile_rows), 3)
+    block = torch.zeros(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
+    fill_tiles(block.numpy(), segments, tile_rows)
+    adapted = any(segment.slot != BASE_SLOT for segment in segments)
+    return view_tiles(block.to(device, non_blocking=True), segments, adapted, tile_rows)
 
 
 class Workspace:
     """Scratch for steps of up to `max_rows` rows on one `AdapterTables`, kept for the life of the engine.
 
-    No adapter in the tables may have a rank over `rank_bound`; the engine refuses such adapters at load.
+    It holds h between a `shrink` and the epilogue that uses it. No adapter in the tables may have a rank over
+    `rank_bound`; the engine refuses such adapters at load.
     """
 
     def __init__(self, tables: AdapterTables, max_rows: int, rank_bound: int) -> None:
         self.arena = tables.arena
         self.rank_bound = max(rank_bound, 1)
-        elements = max(max_rows, SPLIT_ROWS) * self.rank_bound
+        self.rank_stride = _ceil_div(self.rank_bound, ALIGNED) * ALIGNED
+        elements = GROUP_SITES * max(max_rows, SPLIT_ROWS) * self.rank_stride
         self.planes = torch.empty(elements, dtype=torch.float32, device=tables.arena.device)
+        self._held: tuple[int, int] | None = None  # first site, sites
+        self._h = self.planes
         self.entries = tables.entries_host.numpy()  # the same memory; indexing it is much cheaper
         self.factors = functools.lru_cache(MAX_VIEWS)(functools.partial(_factors, tables.arena))
+
+    def hold(self, site: int, sites: int, splits: int, rows: int) -> torch.Tensor:
+        """Float32 planes [sites, splits, rows, rank_stride] for h of these sites; what was held is lost."""
+        shape = (sites, splits, rows, self.rank_stride)
+        if sites > GROUP_SITES or (size := int(np.prod(shape))) > self.planes.numel():
+            raise ValueError(f"{sites} sites of {rows} rows are more than the workspace was made for")
+        self._held, self._h = (site, sites), self.planes[:size].view(shape)
+        return self._h
+
+    def held(self, site: int, sites: int, rows: int) -> torch.Tensor:
+        """The planes of the last `hold`. Raises ValueError when they are not of these sites and rows."""
+        if self._held != (site, sites) or self._h.shape[2] != rows:
+            raise ValueError(
+                f"the workspace holds sites {self._held} of {list(self._h.shape)}, not {(site, sites)} of "
+                f"{rows} rows; call shrink for them first"
+            )
+        return self._h
+
+
+def _matrix(arena: torch.Tensor, offset: int, rows: int, columns: int) -> torch.Tensor:
+    return torch.as_strided(arena, (rows, columns), (columns, 1), offset)
 
 
 def _factors(
     arena: torch.Tensor, a_offset: int, b_offset: int, bias_offset: int, rank: int, inputs: int, outputs: int
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Views of A^T [in, rank], B [rank, out] and the bias [out]. They hold whatever the arena holds."""
-    a = torch.as_strided(arena, (inputs, rank), (1, inputs), a_offset) if rank else None
-    b = torch.as_strided(arena, (rank, outputs), (outputs, 1), b_offset) if rank else None
-    bias = None if bias_offset == ABSENT else torch.as_strided(arena, (outputs,), (1,), bias_offset)
+    a = _matrix(arena, a_offset, rank, inputs).T if rank else None
+    b = _matrix(arena, b_offset, rank, outputs) if rank else None
+    bias = None if bias_offset == ABSENT else _matrix(arena, bias_offset, 1, outputs)[0]
     return a, b, bias
+
+
+def shrink(
+    x: torch.Tensor, tables: AdapterTables, tiles: RowTiles, site: int, sites: int, workspace: Workspace
+) -> None:
+    """h = A x at `sites` neighbouring sites from `site` on, for the epilogue that comes next. One launch.
+
+    x: [rows, in], contiguous, of the arena's dtype. Raises ValueError otherwise.
+    """
+    run = shrink_triton if resolve(x.device).name == "triton" else shrink_torch
+    run(x, tables, tiles, site, sites, workspace)
+
+
+def shrink_torch(
+    x: torch.Tensor, tables: AdapterTables, tiles: RowTiles, site: int, sites: int, workspace: Workspace
+) -> None:
+    """Reference of `shrink`: one matmul for each segment and site."""
+    _check_input(x, tables, workspace)
+    if not tiles.adapted:
+        return
+    h = workspace.hold(site, sites, 1, x.shape[0])
+    for slot, start, stop in tiles.segments:
+        for index in range(sites if slot != BASE_SLOT else 0):
+            a_offset, _, _, rank = workspace.entries[slot, site + index].tolist()
+            if rank:
+                a = _matrix(tables.arena, a_offset, rank, x.shape[1])
+                h[index, 0, start:stop, :rank] = x[start:stop] @ a.T
+
+
+def shrink_triton(
+    x: torch.Tensor, tables: AdapterTables, tiles: RowTiles, site: int, sites: int, workspace: Workspace
+) -> None:
+    """`shrink` in Triton: columns of x are split, and each split writes a plane."""
+    from veneer.kernels.jit import low_rank as jit
+
+    _check_input(x, tables, workspace)
+    rows, inputs = x.shape
+    if not tiles.adapted or rows == 0:
+        return
+    capacity = tiles.tiles.shape[0]
+    sizes = plan(rows, inputs, sites, capacity, tiles.tile_rows, workspace.rank_bound)
+    jit.shrink[(sizes.programs,)](
+        x,
+        tables.arena,
+        tables.entries,
+        tiles.tiles,
+        tiles.used,
+        workspace.hold(site, sites, sizes.splits, rows),
+        site,
+        rows,
+        capacity,
+        inputs,
+        workspace.rank_stride,
+        tables.entries.stride(0),
+        sizes.split_size,
+        SITES=sites,
+        SPLITS=sizes.splits,
+        BLOCK_M=sizes.block_m,
+        BLOCK_R=sizes.block_r,
+        BLOCK_K=sizes.block_k,
+        STAGES=sizes.num_stages,
+        num_warps=sizes.num_warps,
+    )
 
 
 def low_rank(
     x: torch.Tensor, y: torch.Tensor, tables: AdapterTables, tiles: RowTiles, site: int, workspace: Workspace
 ) -> None:
-    """Add the adapters' updates at `site` to y, in place.
+    """Add the adapters' updates at `site` to y, in place. Rows without one are not touched.
 
     x: [rows, in], contiguous; y: [rows, out], columns of a wider tensor if need be; both of the arena's dtype.
     Raises ValueError otherwise.
@@ -141,6 +262,8 @@ def low_rank_torch(
     _check(x, y, tables, workspace)
     inputs, outputs = x.shape[1], y.shape[1]
     for slot, start, stop in tiles.segments:
+        if slot == BASE_SLOT:
+            continue
         a, b, bias = workspace.factors(*workspace.entries[slot, site].tolist(), inputs, outputs)
         rows = y[start:stop]
         if a is not None and b is not None:
@@ -152,52 +275,27 @@ def low_rank_torch(
 def low_rank_triton(
     x: torch.Tensor, y: torch.Tensor, tables: AdapterTables, tiles: RowTiles, site: int, workspace: Workspace
 ) -> None:
-    """`low_rank` as two Triton kernels: shrink writes float32 planes, expand adds them into y once."""
-    from veneer.kernels.jit.low_rank import expand, shrink
+    """`low_rank` as two Triton kernels: `shrink`, and the epilogue that adds h's update into y."""
+    from veneer.kernels.epilogue import add_update_triton
 
     _check(x, y, tables, workspace)
-    (rows, inputs), outputs = x.shape, y.shape[1]
-    capacity = tiles.tiles.shape[0]
-    if rows == 0 or capacity == 0:
+    if not tiles.adapted or x.shape[0] == 0:
         return
-    sizes = plan(rows, inputs, capacity, tiles.tile_rows, workspace.rank_bound)
-    if sizes.splits * rows * workspace.rank_bound > workspace.planes.numel():
-        raise ValueError(f"{rows} rows are more than the workspace was made for")
-    shared = (tables.arena, tables.entries, tiles.tiles, workspace.planes, site, rows)
-    shrink[(capacity, sizes.rank_programs, sizes.splits)](
-        x,
-        *shared,
-        inputs,
-        workspace.rank_bound,
-        tables.entries.stride(0),
-        sizes.split_size,
-        BLOCK_M=sizes.block_m,
-        BLOCK_R=sizes.block_r,
-        BLOCK_K=sizes.block_k,
-        num_warps=sizes.num_warps,
-    )
-    expand[(capacity, _ceil_div(outputs, sizes.block_n))](
-        y,
-        *shared,
-        outputs,
-        y.stride(0),
-        workspace.rank_bound,
-        tables.entries.stride(0),
-        SPLITS=sizes.splits,
-        BLOCK_M=sizes.block_m,
-        BLOCK_N=sizes.block_n,
-        BLOCK_R=sizes.block_r,
-        num_warps=sizes.num_warps,
-    )
+    shrink_triton(x, tables, tiles, site, 1, workspace)
+    add_update_triton(y[None], tables, tiles, site, workspace, out=y)
 
 
 def _check(x: torch.Tensor, y: torch.Tensor, tables: AdapterTables, workspace: Workspace) -> None:
-    if x.dtype != tables.arena.dtype or y.dtype != tables.arena.dtype:
-        raise ValueError(f"x is {x.dtype} and y {y.dtype}; both must be the arena's {tables.arena.dtype}")
-    if not x.is_contiguous() or y.stride(1) != 1:
-        raise ValueError("x must be contiguous [rows, features], and so must each row of y")
+    _check_input(x, tables, workspace)
+    if y.dtype != tables.arena.dtype or y.stride(1) != 1:
+        raise ValueError(f"y is {y.dtype}; it must be the arena's {tables.arena.dtype}, each row contiguous")
     if x.shape[0] != y.shape[0]:
         raise ValueError(f"x has {x.shape[0]} rows and y {y.shape[0]}")
+
+
+def _check_input(x: torch.Tensor, tables: AdapterTables, workspace: Workspace) -> None:
+    if x.dtype != tables.arena.dtype or not x.is_contiguous():
+        raise ValueError(f"x is {x.dtype}; it must be the arena's {tables.arena.dtype}, contiguous")
     if workspace.arena is not tables.arena:
         raise ValueError("the workspace was made for another arena")
 

@@ -15,8 +15,8 @@ import math
 import torch
 
 from veneer.kernels.backend import resolve
-from veneer.kernels.nf4_layout import Nf4Weight, codebook, permute_tables, unpack_nf4
-from veneer.kernels.nf4_plan import Nf4Plan, plan
+from veneer.kernels.nf4_layout import Nf4Weight, codebook, pair_table, permute_tables, unpack_nf4
+from veneer.kernels.nf4_plan import Device, Nf4Plan, plan
 
 
 def nf4_matmul(
@@ -83,7 +83,6 @@ def nf4_matmul_triton(
         SPLITS=sizes.splits,
         HAS_BIAS=bias is not None,
         BLOCK=block,
-        **_dependent_launch(sizes.dependent_launch),
     )
     return out
 
@@ -124,24 +123,24 @@ def dequantize_nf4(weight: Nf4Weight, out: torch.Tensor) -> None:
 
 def choose(x: torch.Tensor, weight: Nf4Weight) -> Nf4Plan:
     """The plan for x on its device."""
-    multiprocessors, dependent_launch = _device(x.device)
-    return plan(x.shape[0], weight.out_features, weight.in_features, multiprocessors, dependent_launch)
+    return plan(x.shape[0], weight.out_features, weight.in_features, _device(x.device))
 
 
 def _launch(
     x: torch.Tensor, weight: Nf4Weight, bias: torch.Tensor | None, out: torch.Tensor, sizes: Nf4Plan
 ) -> None:
-    from veneer.kernels.jit.nf4 import matmul
+    from veneer.kernels.jit.nf4_matmul import matmul
 
     rows, columns = x.shape
     grid = (-(-rows // sizes.block_m), -(-weight.out_features // (64 * sizes.tiles)), sizes.splits)
+    # The kernel starts while its predecessor ends, and waits for it before it reads what that one wrote.
+    dependent_launch = {"launch_pdl": True} if sizes.dependent_launch else {}
     matmul[grid](
         x,
         weight.packed,
         weight.scales,
         weight.multiplier,
-        permute_tables(x.device),
-        codebook(x.dtype, x.device),
+        pair_table(x.device) if sizes.lookup else permute_tables(x.device),
         x if bias is None else bias,
         out,
         rows,
@@ -151,20 +150,15 @@ def _launch(
         sizes.split_pairs,
         TILES=sizes.tiles,
         BLOCK_M=sizes.block_m,
+        STAGES=sizes.stages,
         EVEN=columns % 128 == 0,
         HAS_BIAS=bias is not None,
-        PERMUTE=_permutes(x),
-        PREFETCHED=min(2, sizes.split_pairs),
-        STAGES=sizes.num_stages,
-        num_warps=4 * sizes.tiles,
-        num_stages=sizes.num_stages,
-        **_dependent_launch(sizes.dependent_launch),
+        LOOKUP=sizes.lookup,
+        WGMMA=sizes.wgmma,
+        PDL=sizes.dependent_launch,
+        num_warps=sizes.warps,
+        **dependent_launch,
     )
-
-
-def _dependent_launch(on: bool) -> dict[str, bool]:
-    """The kernel starts while its predecessor ends, and waits for it before it reads what that one wrote."""
-    return {"PDL": True, "launch_pdl": True} if on else {"PDL": False}
 
 
 def _permutes(tensor: torch.Tensor) -> bool:
@@ -173,12 +167,15 @@ def _permutes(tensor: torch.Tensor) -> bool:
 
 
 @functools.cache
-def _device(device: torch.device) -> tuple[int, bool]:
-    """Multiprocessors, and whether a kernel can be launched dependent on its predecessor."""
+def _device(device: torch.device) -> Device:
     if device.type != "cuda":
-        return 132, False
+        return Device()
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.major >= 9 and torch.version.hip is None
+    return Device(
+        multiprocessors=properties.multi_processor_count,
+        wgmma=properties.major == 9,
+        dependent_launch=properties.major >= 9,
+    )
 
 
 def _scratch(x: torch.Tensor, weight: Nf4Weight, scratch: torch.Tensor | None) -> torch.Tensor:

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+LAYOUT_VERSION = 1  # raise when the same weight is packed into other bytes: kept files are then made again
 BLOCK = 64  # columns that share an absmax
 ROW_PADDING = 128  # output features are padded to this, so that a program may have one or two tiles
 NF4 = (
@@ -66,6 +67,12 @@ class Nf4Weight:
             self.out_features,
             self.in_features,
         )
+
+
+def packed_shapes(out_features: int, in_features: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of `Nf4Weight.packed` and `Nf4Weight.scales`."""
+    tiles, pairs = -(-out_features // ROW_PADDING) * ROW_PADDING // 64, -(-in_features // (2 * BLOCK))
+    return (tiles, pairs, 2, 128, 4), (tiles, pairs, 64)
 
 
 @dataclass(frozen=True)
@@ -181,3 +188,11 @@ def permute_tables(device: torch.device) -> torch.Tensor:
         for half in (low, high ^ (low >> 7) * 0xFF):
             tables += (int.from_bytes(bytes(half[i : i + 4].tolist()), "little", signed=True) for i in (0, 4))
     return torch.tensor(tables, dtype=torch.int32, device=device)[:, None].repeat(1, 32)
+
+
+@functools.cache
+def pair_table(device: torch.device) -> torch.Tensor:
+    """The two values of each byte of a word, int32 [256]: bf16 of its low nibble in the low half."""
+    bits = codebook(torch.bfloat16, torch.device("cpu")).view(torch.int16).int() & 0xFFFF
+    byte = torch.arange(256)
+    return (bits[byte & 15] | bits[byte >> 4] << 16).to(device)

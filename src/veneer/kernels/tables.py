@@ -13,6 +13,8 @@ import torch
 
 A_OFFSET, B_OFFSET, BIAS_OFFSET, RANK = range(4)
 ABSENT = -1  # an offset of a tensor that the adapter does not have at a site
+BASE_SLOT = -1  # the slot of rows without an adapter
+ALIGNED = 16  # elements; offsets are multiples, so that kernels load whole vectors
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class AdapterTables:
 
     At `entries[slot, site]` stand (a_offset, b_offset, bias_offset, rank): A is [rank, in] row-major at
     a_offset, B is [rank, out] at b_offset, the bias [out] at bias_offset. rank 0 means no low-rank part.
+    Offsets that are not ABSENT must be multiples of ALIGNED: kernels rely on it unchecked.
     """
 
     arena: torch.Tensor  # [elements], the engine's dtype
@@ -29,22 +32,23 @@ class AdapterTables:
 
 
 class Segment(NamedTuple):
-    """Neighbouring rows of a step that use the same adapter."""
+    """Neighbouring rows of a step that use the same adapter, or the base alone."""
 
-    slot: int
+    slot: int  # BASE_SLOT for rows without an adapter
     start: int  # first row
     stop: int  # one past the last row
 
 
 @dataclass(frozen=True)
 class RowTiles:
-    """Which rows of x use which slot. Rows of one adapter are neighbours; base rows are in no tile.
+    """Which rows of x use which slot. Rows of one adapter are neighbours, and every row is in one tile.
 
-    `tiles[i] = (slot, first_row, rows)` cuts the segments into at most `tile_rows` rows each; entries past
-    the last tile have rows = 0, so a launch over all of `tiles` is always right.
+    `tiles[i] = (slot, first_row, rows)` cuts the segments into at most `tile_rows` rows each. Kernels read
+    `used` on the device and loop over that many tiles, so a captured graph replays any mix.
     """
 
-    segments: tuple[Segment, ...]  # host
-    tiles: torch.Tensor  # int32 [capacity, 3], on the arena's device
-    count: int  # tiles in use
+    segments: tuple[Segment, ...]  # host; may be empty in a captured graph
+    tiles: torch.Tensor  # int32 [capacity, 3], on the arena's device; past the used ones anything
+    used: torch.Tensor  # int32 [1], on the arena's device: tiles in use
+    adapted: bool  # host: some row may have an adapter
     tile_rows: int

@@ -123,9 +123,9 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     base.add_argument("--quantization", choices=("nf4", "int8", "none"), default="nf4")
     base.add_argument(
         "--nf4-kernels",
-        choices=("bitsandbytes", "packed"),
-        default="bitsandbytes",
-        help="what multiplies NF4 weights; packed is faster on CUDA in bfloat16 (%(default)s)",
+        choices=("auto", "packed", "bitsandbytes"),
+        default="auto",
+        help="what multiplies NF4 weights; auto is packed, our own kernels, on CUDA in bfloat16 (%(default)s)",
     )
     base.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     base.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")

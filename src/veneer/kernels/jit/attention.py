@@ -29,6 +29,7 @@ def attend(
     q_row_stride,
     q_head_stride,
     table_stride,
+    page_stride,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -88,7 +89,9 @@ def attend(
     for n_start in range(start, stop, BLOCK_N):
         n = n_start + tl.arange(0, BLOCK_N)
         valid = n < stop
-        page = tl.load(block_table + sequence * table_stride + n // PAGE_SIZE, mask=valid, other=0)
+        page = tl.load(
+            block_table + sequence * table_stride + n // PAGE_SIZE * page_stride, mask=valid, other=0
+        )
         slot = (page.to(tl.int64) * PAGE_SIZE + n % PAGE_SIZE) * KV_HEADS + kv_head
         k_tile = tl.load(
             k_cache + slot[None, :] * HEAD_DIM + d[:, None], mask=valid[None, :] & inside[:, None], other=0.0

@@ -1,4 +1,4 @@
-"""Device code of the NF4 matmul. See kernels/nf4.py for the layout, the permute tables and the launcher.
+"""Device code around the NF4 matmul: dequantization and the sum of planes. See kernels/nf4.py for the launchers.
 
 With PERMUTE the codes are decoded by byte permutes in inline PTX: 19 operations for 8 weights, no table in
 memory. Without it they are looked up in a table: what the interpreter and other vendors' GPUs run.
@@ -9,7 +9,6 @@ join, reshape and permute below move no data, as long as there are four warps fo
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # $0-$7: the values of nibbles 0-7 of the word $8. $9-$12: table of the low bytes, $13-$16: of the high bytes.
 # prmt takes four nibbles as selectors; one with bit 3 set yields the sign of the byte, which the xor undoes.
@@ -41,7 +40,6 @@ prmt.b32 e, c, d, 0x7362;
 mov.b32 {$6, $7}, e;
 }""")
 DECODE_CONSTRAINTS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r,r,r,r,r,r")
-PREFETCH = tl.constexpr("prefetch.global.L2 [$1]; mov.u32 $0, 0;")
 
 
 @triton.jit
@@ -61,8 +59,8 @@ def load_tables(tables, lane):
 
 
 @triton.jit
-def decode(words, tables, codebook, TILES: tl.constexpr, PERMUTE: tl.constexpr):
-    """Words [TILES * 128, 4] -> the unscaled weights [TILES * 64, 64], in the codebook's type."""
+def decode(words, tables, codebook, PERMUTE: tl.constexpr):
+    """Words [128, 4] -> the unscaled weights [64, 64], in the codebook's type."""
     if PERMUTE:
         v0, v1, v2, v3, v4, v5, v6, v7 = tl.inline_asm_elementwise(
             DECODE,
@@ -84,9 +82,9 @@ def decode(words, tables, codebook, TILES: tl.constexpr, PERMUTE: tl.constexpr):
     left = tl.join(tl.join(v0, v1), tl.join(v2, v3))
     right = tl.join(tl.join(v4, v5), tl.join(v6, v7))
     values = tl.join(left, right)  # [lane, k16 step, column bit 0, row bit 3, column bit 3]
-    values = tl.reshape(values, [TILES * 4, 8, 4, 4, 2, 2, 2])
+    values = tl.reshape(values, [4, 8, 4, 4, 2, 2, 2])
     values = tl.permute(values, [0, 5, 1, 3, 6, 2, 4])
-    return tl.reshape(values, [TILES * 64, 64])
+    return tl.reshape(values, [64, 64])
 
 
 @triton.jit
@@ -95,79 +93,6 @@ def halves(pair):
     low = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
     high = ((pair >> 16) & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
     return low.to(tl.float32), high.to(tl.float32)
-
-
-@triton.jit(do_not_specialize=["rows", "split_pairs"])
-def matmul(
-    x,  # [rows, in]
-    packed,  # int32 [out / 64, pairs, 2, 128, 4]
-    scales,  # int32 [out / 64, pairs, 64], two float16 each
-    multiplier,  # of all scales
-    tables,  # int32 [8, 32]
-    codebook,  # [16], x's type
-    bias,  # [out], x's type, with HAS_BIAS
-    out,  # [splits, rows, out]
-    rows,
-    in_features,
-    out_features,
-    pairs,  # of blocks of 64 columns
-    split_pairs,
-    TILES: tl.constexpr,  # of 64 output features; four warps for each
-    BLOCK_M: tl.constexpr,
-    EVEN: tl.constexpr,  # in_features is a multiple of 128
-    HAS_BIAS: tl.constexpr,
-    PERMUTE: tl.constexpr,
-    PREFETCHED: tl.constexpr,  # pairs to bring into L2 before waiting for x
-    PDL: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """out[split] = x[:, columns of split] @ W[:, columns of split]^T for TILES * 64 output features."""
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # neighbours share weights, so L2 has them
-    tile = tl.program_id(1) * TILES
-    split = tl.program_id(2)
-    first = split * split_pairs
-    last = tl.minimum(first + split_pairs, pairs)
-
-    lane = tl.arange(0, TILES * 128)
-    word_tile = (tile + lane // 128).to(tl.int64) * pairs
-    words = packed + (word_tile * 1024 + lane % 128 * 4)[:, None] + tl.arange(0, 4)[None, :]
-    n = tl.arange(0, TILES * 64)
-    scale_rows = scales + (tile + n // 64).to(tl.int64) * pairs * 64 + n % 64
-    if PDL:
-        ahead = packed + word_tile * 1024 + lane % 128 * 4
-        for pair in tl.static_range(PREFETCHED):
-            at = ahead + tl.minimum(first + pair, pairs - 1) * 1024
-            tl.inline_asm_elementwise(PREFETCH, "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1)
-            tl.inline_asm_elementwise(PREFETCH, "=r,l", [at + 512], dtype=tl.int32, is_pure=False, pack=1)
-    table = load_tables(tables, lane) if PERMUTE else ()
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-
-    k = tl.arange(0, 64)
-    x_rows = x + m.to(tl.int64)[:, None] * in_features + k[None, :]
-    live = (m < rows)[:, None]
-    total = tl.full((TILES * 64, BLOCK_M), 0.0, tl.float32)
-    for pair in tl.range(first, last, num_stages=STAGES):
-        scale = tl.load(scale_rows + pair * 64)
-        words0 = tl.load(words + pair * 1024)
-        x0 = tl.load(x_rows + pair * 128, mask=live, other=0.0)
-        words1 = tl.load(words + pair * 1024 + 512)
-        live1 = live if EVEN else live & (k < in_features - 64 - pair * 128)[None, :]
-        x1 = tl.load(x_rows + pair * 128 + 64, mask=live1, other=0.0)
-        part0 = tl.dot(decode(words0, table, codebook, TILES, PERMUTE), tl.trans(x0), input_precision="ieee")
-        part1 = tl.dot(decode(words1, table, codebook, TILES, PERMUTE), tl.trans(x1), input_precision="ieee")
-        scale0, scale1 = halves(scale)
-        total += part0 * scale0[:, None]
-        total += part1 * scale1[:, None]
-
-    total *= multiplier
-    n += tile * 64
-    inside = n < out_features
-    if HAS_BIAS:
-        total += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[:, None]
-    at = (split.to(tl.int64) * rows + m)[:, None] * out_features + n[None, :]
-    tl.store(out + at, tl.trans(total).to(out.dtype.element_ty), mask=live & inside[None, :])
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -179,15 +104,11 @@ def add_planes(
     out_features,
     SPLITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    PDL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """out = the sum of the planes in their order, plus bias."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     total = tl.load(planes + at, mask=inside, other=0.0)
     for split in tl.static_range(1, SPLITS):
         total += tl.load(planes + split * size.to(tl.int64) + at, mask=inside, other=0.0)
@@ -222,7 +143,7 @@ def dequantize(
     k = pair * 128 + tl.arange(0, 64)
     for half in tl.static_range(2):
         scale = scale0 if half == 0 else scale1
-        values = decode(tl.load(words + half * 512), table, codebook, 1, PERMUTE).to(tl.float32)
+        values = decode(tl.load(words + half * 512), table, codebook, PERMUTE).to(tl.float32)
         values *= (scale * multiplier)[:, None]
         column = k + half * 64
         mask = (n < out_features)[:, None] & (column < in_features)[None, :]
