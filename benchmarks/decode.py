@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from benchmarks.device import Ceilings, Row, device_name, measure_ceilings, print_rows, write_report
-from benchmarks.engines import generate, random_engine, step_bytes, step_outputs
+from benchmarks.engines import generate, random_engine, share_host_memory, step_bytes, step_outputs
 from benchmarks.models import SHAPES, linear_shapes, llama_config, random_base
 
 from veneer.engine.engine import Engine
@@ -110,6 +110,7 @@ def measure(args: argparse.Namespace, ceilings: Ceilings) -> list[Row]:
     with tempfile.TemporaryDirectory() as store:
         base = random_base(args.layers, args.shapes)
         engine = random_engine(Path(store), base, adapters, slots=adapters, batch=batch)
+        share_host_memory(engine, adapters, copies=1)  # each is a copy of its own on the device
         try:
             print(f"ready in {time.perf_counter() - started:.1f} s; {'; '.join(base.notes)}")
             rows = [decode_row(engine, case, args.tokens, ceilings) for case in cases]
@@ -152,12 +153,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     ceilings = measure_ceilings()
     print(f"{device_name()}: copy {ceilings.copy / 1e6:.2f} TB/s, matmul {ceilings.matmul / 1e6:.0f} TFLOP/s")
     rows = measure(args, ceilings)
-    gc.collect()
-    if args.peers:
-        add_peers(rows, args)
-    print_rows(rows)
     extra = {"copy_tb_per_s": ceilings.copy / 1e6, "matmul_tflops": ceilings.matmul / 1e6}
-    print(f"written to {write_report(args.output, 'decode', rows, extra)}")
+    print(f"written to {write_report(args.output, 'decode', rows, extra)}", flush=True)
+    if args.peers:
+        gc.collect()
+        add_peers(rows, args)
+        write_report(args.output, "decode", rows, extra)
+    print_rows(rows)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from veneer.engine.packed import dequantizing, pack_linears
 from veneer.engine.packed_store import load_packed
 from veneer.errors import InvalidRequest
 from veneer.kernels.backend import resolve
+from veneer.kernels.norm import rms_norm
 
 logger = logging.getLogger(__name__)
 
@@ -208,13 +209,22 @@ def forbid_repacking(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
+class FusedRMSNorm(nn.RMSNorm):
+    """torch's RMSNorm over the last axis, by our kernel."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, eps = self.weight, self.eps
+        assert eps is not None
+        return rms_norm(x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
+
+
 def fuse_norms(model: nn.Module) -> None:
-    """Replace transformers' RMSNorm, some six kernels, by torch's one. Gemma's (1 + w) is left alone."""
+    """Replace transformers' RMSNorm, some six kernels, by our one. Gemma's (1 + w) is left alone."""
     for name, module in list(model.named_modules()):
         if type(module).__name__ in _PLAIN_RMS_NORMS:
             weight: Any = module.weight
             eps: Any = module.variance_epsilon
-            norm = nn.RMSNorm(weight.shape[0], eps=eps, device="meta")
+            norm = FusedRMSNorm(weight.shape[0], eps=eps, device="meta")
             norm.weight = weight
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, norm)

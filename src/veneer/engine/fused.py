@@ -66,8 +66,8 @@ class HeadNorms:
 class FusedLayer(nn.Module):
     """A decoder layer of Llama's form. Steps that ask for it, or have no tables, run `plain` instead."""
 
-    def __init__(self, plain: Any, context: StepContext, side: torch.cuda.Stream | None) -> None:
-        """`side` is the stream beside the captured one, on CUDA. Raises NotFusable."""
+    def __init__(self, plain: Any, context: StepContext) -> None:
+        """Raises NotFusable."""
         super().__init__()
         attention, mlp = plain.self_attn, plain.mlp
         self.plain = plain
@@ -85,7 +85,6 @@ class FusedLayer(nn.Module):
         self.kv_heads = (self.qkv.linear.out_features // self.head_dim - self.heads) // 2
         self.norms = _head_norms(attention)
         self.activation = _activation(plain)
-        self._side = side
 
     def forward(self, hidden_states: torch.Tensor, **inputs: Any) -> torch.Tensor:
         """[1, rows, hidden] -> the same, with the arguments of transformers' layer."""
@@ -146,22 +145,14 @@ class FusedLayer(nn.Module):
         return add_update(parts, tables, rows, product.site, workspace, bias=product.bias, residual=residual)
 
     def _parts(self, product: Product, x: torch.Tensor) -> torch.Tensor:
-        """x W^T in planes; the adapters' A x is in the workspace then.
+        """x W^T in planes, and the adapters' A x in the workspace.
 
-        In a captured graph A x runs on a stream of its own beside the product, which leaves room for it.
+        A x comes second because it may then start while the product ends: x is complete before both.
         """
         tables, rows, workspace = self._adapters()
-        if not rows.adapted:
-            return product.linear.parts(x)
-        if self._side is None or not torch.cuda.is_current_stream_capturing():
-            shrink(x, tables, rows, product.site, product.sites, workspace)
-            return product.linear.parts(x)
-        main = torch.cuda.current_stream(x.device)
-        self._side.wait_stream(main)
-        with torch.cuda.stream(self._side):
-            shrink(x, tables, rows, product.site, product.sites, workspace)
         parts = product.linear.parts(x)
-        main.wait_stream(self._side)
+        if rows.adapted:
+            shrink(x, tables, rows, product.site, product.sites, workspace, beside=True)
         return parts
 
     def _adapters(self) -> tuple[AdapterTables, RowTiles, Workspace]:
@@ -174,15 +165,13 @@ class FusedLayer(nn.Module):
 
 def fuse_layers(model: Any, context: StepContext, notes: list[str] | None = None) -> int:
     """Replace each decoder layer that can be fused; returns how many. `notes` gets the reasons of the others."""
-    device = next(model.parameters()).device
-    side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
     layers = model.model.layers
     refused: Counter[str] = Counter()
     for index, layer in enumerate(layers):
         try:
             _check_modules(layer)
             _check_rotary(model, layer.self_attn)
-            layers[index] = FusedLayer(layer, context, side)
+            layers[index] = FusedLayer(layer, context)
         except NotFusable as reason:
             refused[str(reason)] += 1
     if notes is not None:

@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from veneer.kernels.attention_plan import KeyGroup, key_groups, plan
-from veneer.kernels.backend import resolve
+from veneer.kernels.backend import launch_options, resolve
 
 
 @dataclass(frozen=True)
@@ -197,6 +197,7 @@ def paged_attention_triton(
             BLOCK_D=sizes.block_d,
             num_warps=sizes.num_warps,
             num_stages=2,
+            **launch_options(q.device),
         )
         if sizes.splits > 1:
             merge[(sequences, heads)](
@@ -209,6 +210,7 @@ def paged_attention_triton(
                 SPLITS=sizes.splits,
                 BLOCK_S=sizes.block_s,
                 BLOCK_D=sizes.block_d,
+                **launch_options(q.device),
             )
     return out
 

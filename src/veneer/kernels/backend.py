@@ -44,6 +44,18 @@ def resolve(device: torch.device) -> Backend:
     )
 
 
+@functools.cache
+def launch_options(device: torch.device) -> dict[str, bool]:
+    """Arguments of a Triton launch: on Hopper and later the kernel starts while its predecessor ends.
+
+    Such a kernel (PDL) calls gdc_wait before it touches what the predecessor reads or writes, and only then lets
+    its own successor start: so whatever came before the predecessor is complete as well.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return {"PDL": False}
+    return {"PDL": True, "launch_pdl": True}
+
+
 def _probe(device: torch.device) -> None:
     """Compile and run a kernel, or raise what stands in the way."""
     from veneer.kernels.jit.probe import store_one

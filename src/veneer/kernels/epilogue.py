@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
-from veneer.kernels.backend import resolve
+from veneer.kernels.backend import launch_options, resolve
 from veneer.kernels.low_rank import DECODE_TILE, PROGRAMS, Workspace
 from veneer.kernels.tables import ABSENT, BASE_SLOT, AdapterTables, RowTiles
 
@@ -53,7 +53,7 @@ def plan(
         block_n=block_n,
         block_r=32 if prefill and rank_bound > 16 else 16,
         programs=min(capacity * blocks, PROGRAMS),
-        num_warps=8 if prefill else max(block_n // 16, 1),
+        num_warps=8 if prefill else max(block_n // 32, 1),
     )
 
 
@@ -381,6 +381,7 @@ def _launch(
         "BLOCK_R": sizes.block_r,
         "num_warps": sizes.num_warps,
         "num_stages": 1,  # the kernels load ahead themselves
+        **launch_options(parts.device),
     }
     strides = (workspace.rank_stride, tables.entries.stride(0))
     return _Launch(sizes.programs, (*tensors, site, rows, capacity, count), strides, constants)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from veneer.kernels.backend import resolve
+from veneer.kernels.backend import launch_options, resolve
 from veneer.kernels.tables import ABSENT, ALIGNED, BASE_SLOT, AdapterTables, RowTiles, Segment
 
 GROUP_SITES = 3  # the most sites that share an input: q, k and v
@@ -177,18 +177,31 @@ def _factors(
 
 
 def shrink(
-    x: torch.Tensor, tables: AdapterTables, tiles: RowTiles, site: int, sites: int, workspace: Workspace
+    x: torch.Tensor,
+    tables: AdapterTables,
+    tiles: RowTiles,
+    site: int,
+    sites: int,
+    workspace: Workspace,
+    beside: bool = False,
 ) -> None:
     """h = A x at `sites` neighbouring sites from `site` on, for the epilogue that comes next. One launch.
 
-    x: [rows, in], contiguous, of the arena's dtype. Raises ValueError otherwise.
+    x: [rows, in], contiguous, of the arena's dtype. Raises ValueError otherwise. `beside`: another kernel was
+    launched since x was made, usually the base's product, and this one may run at the same time.
     """
     run = shrink_triton if resolve(x.device).name == "triton" else shrink_torch
-    run(x, tables, tiles, site, sites, workspace)
+    run(x, tables, tiles, site, sites, workspace, beside)
 
 
 def shrink_torch(
-    x: torch.Tensor, tables: AdapterTables, tiles: RowTiles, site: int, sites: int, workspace: Workspace
+    x: torch.Tensor,
+    tables: AdapterTables,
+    tiles: RowTiles,
+    site: int,
+    sites: int,
+    workspace: Workspace,
+    beside: bool = False,
 ) -> None:
     """Reference of `shrink`: one matmul for each segment and site."""
     _check_input(x, tables, workspace)
@@ -204,7 +217,13 @@ def shrink_torch(
 
 
 def shrink_triton(
-    x: torch.Tensor, tables: AdapterTables, tiles: RowTiles, site: int, sites: int, workspace: Workspace
+    x: torch.Tensor,
+    tables: AdapterTables,
+    tiles: RowTiles,
+    site: int,
+    sites: int,
+    workspace: Workspace,
+    beside: bool = False,
 ) -> None:
     """`shrink` in Triton: columns of x are split, and each split writes a plane."""
     from veneer.kernels.jit import low_rank as jit
@@ -235,7 +254,9 @@ def shrink_triton(
         BLOCK_R=sizes.block_r,
         BLOCK_K=sizes.block_k,
         STAGES=sizes.num_stages,
+        BESIDE=beside,
         num_warps=sizes.num_warps,
+        **launch_options(x.device),
     )
 
 

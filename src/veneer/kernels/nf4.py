@@ -14,7 +14,7 @@ import math
 
 import torch
 
-from veneer.kernels.backend import resolve
+from veneer.kernels.backend import launch_options, resolve
 from veneer.kernels.nf4_layout import Nf4Weight, codebook, pair_table, permute_tables, unpack_nf4
 from veneer.kernels.nf4_plan import Device, Nf4Plan, plan
 
@@ -133,8 +133,6 @@ def _launch(
 
     rows, columns = x.shape
     grid = (-(-rows // sizes.block_m), -(-weight.out_features // (64 * sizes.tiles)), sizes.splits)
-    # The kernel starts while its predecessor ends, and waits for it before it reads what that one wrote.
-    dependent_launch = {"launch_pdl": True} if sizes.dependent_launch else {}
     matmul[grid](
         x,
         weight.packed,
@@ -155,9 +153,8 @@ def _launch(
         HAS_BIAS=bias is not None,
         LOOKUP=sizes.lookup,
         WGMMA=sizes.wgmma,
-        PDL=sizes.dependent_launch,
         num_warps=sizes.warps,
-        **dependent_launch,
+        **(launch_options(x.device) if sizes.dependent_launch else {"PDL": False}),
     )
 
 

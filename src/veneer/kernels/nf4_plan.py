@@ -58,12 +58,12 @@ def make_plan(
 ) -> Nf4Plan:
     """A fused plan with the given block of rows; tiles, and the splits that cost least, unless they are given.
 
-    With 16 rows a program leaves room for three others on its multiprocessor, which it needs to hide loads,
-    and two tiles share each lookup table and block of x. With more rows the sums need the registers.
+    With up to 32 rows a program leaves room for three others on its multiprocessor, which it needs to hide
+    loads. Two tiles share a lookup table and a block of x, where the sums leave registers for it.
     """
     small = block_m == 16
     tiles = tiles or (2 if small or block_m == 128 else 1)
-    wanted = 4 if small else 2  # programs of a multiprocessor at once
+    wanted = 4 if block_m <= 32 else 2  # programs of a multiprocessor at once
     pairs = _ceil_div(in_features, 128)
     programs = _ceil_div(out_features, 64 * tiles) * _ceil_div(rows, block_m)
 

@@ -6,6 +6,7 @@ Triton for compiling; hence tl.reduce with Triton's own combine functions instea
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.language.standard import _elementwise_max, _sum_combine
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -42,7 +43,11 @@ def attend(
     BLOCK_Q: tl.constexpr,  # queries of a tile
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     GROUP: tl.constexpr = HEADS // KV_HEADS
     sequence = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
@@ -136,8 +141,12 @@ def merge(
     SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Add the splits of one head of one decode row, each weighted by its own maximum and sum."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     sequence = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     row = tl.load(query_start + sequence).to(tl.int64)

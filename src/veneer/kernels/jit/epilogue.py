@@ -8,6 +8,7 @@ Tiles are computed transposed, columns x rows: a matrix unit takes as few as eig
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.language.standard import _sum_combine
 
 from veneer.kernels.jit.low_rank import load_tile
@@ -163,7 +164,11 @@ def add_update(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # of each of the two blocks of columns
     BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     pid = tl.program_id(0)
     step = tl.num_programs(0)
     blocks = (out_features + 2 * BLOCK_N - 1) // (2 * BLOCK_N)
@@ -255,7 +260,11 @@ def gated(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     pid = tl.program_id(0)
     step = tl.num_programs(0)
     blocks = (half + BLOCK_N - 1) // BLOCK_N
@@ -357,7 +366,11 @@ def rope(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # half of HEAD_DIM, rounded up to a power of two
     BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     BLOCKS: tl.constexpr = HEADS + 2 * KV_HEADS
     HALF: tl.constexpr = HEAD_DIM // 2
     pid = tl.program_id(0)

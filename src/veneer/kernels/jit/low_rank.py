@@ -6,6 +6,7 @@ Triton for compiling.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -52,11 +53,17 @@ def shrink(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    BESIDE: tl.constexpr,  # x was complete before the preceding launch
+    PDL: tl.constexpr,
 ):
     """planes[s, split, row] = A[:, columns of split] @ x[row, columns of split] at site + s, for every tile.
 
     Tiles are computed transposed, ranks x rows: a matrix unit takes as few as eight columns, but not rows.
     """
+    if PDL:
+        if not BESIDE:
+            gdc_wait()
+        gdc_launch_dependents()
     pid = tl.program_id(0)
     step = tl.num_programs(0)
     count = tl.load(used)
@@ -92,3 +99,5 @@ def shrink(
             tl.store(
                 plane + row[None, :] * rank_stride + r[:, None], h, mask=live[None, :] & (r < ranks)[:, None]
             )
+    if PDL and BESIDE:  # whoever waits for this kernel waits for the preceding one, too
+        gdc_wait()
