@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from benchmarks.device import Ceilings, Row, device_name, measure_ceilings, print_rows, write_report
-from benchmarks.engines import digest, generate, random_engine, step_bytes, step_outputs
+from benchmarks.engines import digest, generate, random_engine, share_host_memory, step_bytes, step_outputs
 from benchmarks.models import SHAPES, adapter_bytes, random_base
 
 from veneer.engine.base import Base
@@ -161,8 +161,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shapes", choices=SHAPES, default="8b")
     parser.add_argument("--layers", type=int)
-    parser.add_argument("--tokens", type=int, default=512, help="of each answer")
-    parser.add_argument("--rounds", type=int, default=4, help="with and without swaps")
+    parser.add_argument("--tokens", type=int, default=256, help="of each answer")
+    parser.add_argument("--rounds", type=int, default=3, help="with and without swaps")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="a folder")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
@@ -174,6 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         engine = random_engine(
             Path(store), base, RESIDENT + SWAPPED, slots=RESIDENT + UNDER_WAY, batch=REQUESTS, wake=woken.set
         )
+        share_host_memory(engine, RESIDENT + SWAPPED, copies=2)
         try:
             beside = beside_row(engine, base, args.tokens, args.rounds, ceilings)
             rows = [swap_row(engine, woken, args.rounds), beside]

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from veneer.adapters.checkpoint import Checkpoint
-from veneer.adapters.methods import lora
+from veneer.adapters.methods import common, lora
 from veneer.adapters.program import Program, SiteProgram
 from veneer.adapters.registry import lower
 from veneer.errors import AdapterRefused
@@ -416,7 +416,7 @@ def test_plain_patterns_match_as_in_peft() -> None:
     for _ in range(20_000):
         key = "".join(draw.choices(parts, k=draw.randint(1, 6)))
         try:
-            first = lora.compile_pattern("alpha_pattern", [key])
+            first = common.compile_pattern("alpha_pattern", [key])
         except AdapterRefused:
             continue
         for name in names:

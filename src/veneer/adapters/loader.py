@@ -29,6 +29,8 @@ T = TypeVar("T")
 # Copies first: one holds its slot already and is short, while lowering a large upload may take seconds.
 STOP, COPY, READ = range(3)
 
+PIECE = 1 << 21  # elements of one copy to the device
+
 
 class HostCache:
     """Packed adapters in host memory, least recently used out first. Safe to use from any thread."""
@@ -205,7 +207,9 @@ class Loader:
             with torch.cuda.stream(self._stream):
                 if after is not None:
                     self._stream.wait_event(after)
-                target.copy_(packed.blob, non_blocking=True)
+                # In pieces: a step's few bytes of metadata go the same way and would wait for one long copy.
+                for at in range(0, place.size, PIECE):
+                    target[at : at + PIECE].copy_(packed.blob[at : at + PIECE], non_blocking=True)
                 copied.record(self._stream)
             copied.synchronize()
         self.cache.trim()

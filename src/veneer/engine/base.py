@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, G
 from veneer.adapters.program import Site
 from veneer.engine.fused import fuse_layers
 from veneer.engine.layers import ATTENTION_NAME, AdaptedLinear, StepContext
-from veneer.engine.packed import dequantizing, pack_linears
+from veneer.engine.packed import dequantized, dequantized_bias, dequantizing, pack_linears
 from veneer.engine.packed_store import load_packed
 from veneer.errors import InvalidRequest
 from veneer.kernels.backend import resolve
@@ -74,6 +74,20 @@ class Base:
     def head_dim(self) -> int:
         explicit = getattr(self.config, "head_dim", None)
         return int(explicit or self.config.hidden_size // self.config.num_attention_heads)
+
+    def weight(self, site: str) -> torch.Tensor:
+        """See `veneer.adapters.methods.base.Base`."""
+        return dequantized(self._linear(site)).cpu().clone()
+
+    def bias(self, site: str) -> torch.Tensor | None:
+        """See `veneer.adapters.methods.base.Base`."""
+        found = dequantized_bias(self._linear(site))
+        return None if found is None else found.cpu().clone()
+
+    def _linear(self, site: str) -> nn.Module:
+        index = list(self.sites).index(site)
+        modules = self.model.modules()
+        return next(m.base for m in modules if isinstance(m, AdaptedLinear) and m.site == index)
 
     def memory_bytes(self) -> int:
         """Bytes of all weights, each storage counted once."""

@@ -15,7 +15,15 @@ from torch import nn
 
 from veneer.kernels.backend import resolve
 from veneer.kernels.nf4 import choose, nf4_matmul, nf4_planes
-from veneer.kernels.nf4_layout import BLOCK, Nf4Codes, Nf4Weight, pack_nf4, read_absmax, read_bitsandbytes
+from veneer.kernels.nf4_layout import (
+    BLOCK,
+    Nf4Codes,
+    Nf4Weight,
+    pack_nf4,
+    read_absmax,
+    read_bitsandbytes,
+    unpack_nf4,
+)
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linears that transformers' models call one after the other with the same input."""
@@ -181,6 +189,39 @@ def _bias(modules: Sequence[Any]) -> torch.Tensor | None:
     return torch.cat(
         [z if m.bias is None else m.bias.data.to(dtype) for m, z in zip(modules, zeros, strict=True)]
     )
+
+
+def dequantized(module: Any) -> torch.Tensor:
+    """The weight [out, in] that a linear of the base multiplies with, float32 on its device."""
+    if isinstance(module, FusedPart):
+        start = sum(module.group.sizes[: module.index])
+        return dequantized(module.group.whole)[start : start + module.out_features]
+    if isinstance(module, PackedLinear):
+        return unpack_nf4(module._weight, torch.float32)
+    dequantize = torch.ops.bitsandbytes.dequantize_4bit
+    weight: Any = module.weight if hasattr(module, "weight") else None
+    found: torch.Tensor
+    if isinstance(module, DequantizingLinear):
+        shape = (module.out_features, module.in_features)
+        found = dequantize(module.data, module.absmax, BLOCK, "nf4", shape, torch.float32)
+    elif (state := getattr(weight, "quant_state", None)) is not None:
+        codes = weight.data, read_absmax(state)
+        found = dequantize(*codes, state.blocksize, state.quant_type, state.shape, torch.float32)
+    elif (scales := getattr(weight, "SCB", None)) is not None:  # LLM.int8: rows, each with its largest value
+        found = weight.data.float() * scales[:, None] / 127
+    else:
+        found = weight.detach().float()
+    return found
+
+
+def dequantized_bias(module: Any) -> torch.Tensor | None:
+    """The bias [out] of a linear of the base, float32 on its device."""
+    if isinstance(module, FusedPart):
+        whole = dequantized_bias(module.group.whole)
+        start = sum(module.group.sizes[: module.index])
+        return None if whole is None else whole[start : start + module.out_features]
+    bias = getattr(module, "bias", None)
+    return None if bias is None else bias.detach().float()
 
 
 def fuse(whole: Linear, sizes: Sequence[int]) -> list[nn.Module]:

@@ -53,7 +53,7 @@ def plan(
         block_n=block_n,
         block_r=32 if prefill and rank_bound > 16 else 16,
         programs=min(capacity * blocks, PROGRAMS),
-        num_warps=8 if prefill else max(block_n // 32, 1),
+        num_warps=8 if prefill else 2,
     )
 
 

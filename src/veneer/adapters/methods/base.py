@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+import torch
+
 from veneer.adapters.checkpoint import Checkpoint
 from veneer.adapters.program import Program, Site
 
@@ -19,6 +21,14 @@ class Base(Protocol):
 
     @property
     def sites(self) -> Mapping[str, Site]: ...
+
+    def weight(self, site: str) -> torch.Tensor:
+        """The weight [out, in] of a site as it is served, dequantized: float32 on the CPU, a copy."""
+        ...
+
+    def bias(self, site: str) -> torch.Tensor | None:
+        """The base's bias [out] of a site, float32 on the CPU, a copy, or None."""
+        ...
 
 
 class Method(Protocol):

@@ -1,0 +1,205 @@
+"""What the methods of PEFT have in common: reading a config field by field, choosing sites, matching patterns.
+
+Strings that peft takes for regular expressions are never run: a `target_modules` string leaves the choice to
+the keys of the file, and the keys of rank_pattern and alpha_pattern may be plain names only.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import msgspec
+
+from veneer.adapters.checkpoint import listed
+from veneer.adapters.methods.base import Base
+from veneer.adapters.names import CONFIG_FILE
+from veneer.adapters.program import Site
+from veneer.errors import AdapterRefused
+
+PREFIX = "base_model.model."
+HEAD = "lm_head"  # the output head of every served architecture; PEFT's "all-linear" leaves it out
+_PATTERN_LIMIT = 4096  # entries of rank_pattern or alpha_pattern
+_LAYERS_PATTERN_LIMIT = 64  # entries
+
+
+class Targeting(msgspec.Struct, frozen=True, kw_only=True):
+    """The fields by which most of peft's tuners choose their layers, with peft's defaults."""
+
+    base_model_name_or_path: str | None = None
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+
+class Common(msgspec.Struct, frozen=True, kw_only=True):
+    """Fields of every config of peft that do not change what an adapter computes."""
+
+    auto_mapping: dict[str, Any] | None = None
+    inference_mode: bool = False
+    peft_version: str | None = None
+    revision: str | None = None
+
+
+class Refusal(NamedTuple):
+    """A field that is served only with the values under which it is off."""
+
+    off: tuple[Any, ...]
+    reason: str
+
+
+CAUSAL = Refusal((None, "CAUSAL_LM"), "only causal language models are served")
+WHOLE_MODULES = Refusal((None, []), "it replaces whole layers of the base; use LoRA on them")
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+
+def read_fields(
+    config: Mapping[str, Any],
+    honoured: type[S],
+    training_only: type[msgspec.Struct],
+    refused: Mapping[str, Refusal],
+    reference: str,
+) -> S:
+    """The fields that count, after every field was looked at. `reference` is the name of peft's class.
+
+    Raises:
+        AdapterRefused: a field is unknown, of a wrong type, or asks for what is not served.
+    """
+    known = {*honoured.__struct_fields__, *training_only.__struct_fields__, *refused}
+    if unknown := sorted(config.keys() - known):
+        raise AdapterRefused(
+            f"{CONFIG_FILE}: unknown fields {listed(unknown)}. Every field must be one of PEFT 0.21's "
+            f"{reference}; remove them if the adapter was trained without them."
+        )
+    for name, (off, reason) in refused.items():
+        value = config.get(name, off[0])
+        if not any(type(value) is type(allowed) and value == allowed for allowed in off):
+            raise wrong(name, value, f"{reason}. Served: {', '.join(map(json.dumps, off))}")
+    _convert(config, training_only)
+    return _convert(config, honoured)
+
+
+def _convert(config: Mapping[str, Any], kind: type[S]) -> S:
+    fields = {name: config[name] for name in kind.__struct_fields__ if name in config}
+    try:
+        return msgspec.convert(fields, kind)
+    except msgspec.ValidationError as error:
+        rule, _, place = str(error).partition(" - at `$.")
+        name = re.split(r"\W", place, maxsplit=1)[0]
+        raise wrong(name, fields.get(name), rule) from error
+
+
+def wrong(field: str, value: object, rule: str) -> AdapterRefused:
+    """The refusal of a config's field: its name, its value, the rule."""
+    text = json.dumps(value)
+    return AdapterRefused(f"{CONFIG_FILE}: {field} = {text[:200]}{'…' * (len(text) > 200)}: {rule}.")
+
+
+def choose_sites(
+    config: Targeting, base: Base, header: Iterable[str], part: str, warnings: list[str]
+) -> list[Site]:
+    """The sites that the config names, as peft's check_target_module_exists chooses them.
+
+    `part` is what follows the module in the file's keys, e.g. ".lora_".
+    """
+    targets, excluded = config.target_modules, config.exclude_modules
+    in_file = {key.removeprefix(PREFIX).partition(part)[0] for key in header}
+    if isinstance(targets, list):
+        chosen = _listed_targets(config, set(targets), base, warnings)
+    elif targets is None:
+        raise wrong("target_modules", None, "it must list the layers that the adapter changes")
+    elif config.layers_to_transform is not None or config.layers_pattern is not None:
+        raise wrong("target_modules", targets, "with layers_to_transform or layers_pattern it must be a list")
+    elif targets.lower() == "all-linear":
+        chosen = [name for name in base.sites if name != HEAD]
+    else:  # a regular expression
+        chosen = [name for name in base.sites if name in in_file]
+    if isinstance(excluded, list):
+        names = set(excluded)
+        chosen = [name for name in chosen if not _is_listed(name, names)]
+    elif excluded:  # a regular expression
+        chosen = [name for name in chosen if name in in_file]
+    if not chosen:
+        raise wrong("target_modules", targets, f"no layer of the base matches; it has {listed(base.sites)}")
+    return [base.sites[name] for name in chosen]
+
+
+def _listed_targets(config: Targeting, targets: set[str], base: Base, warnings: list[str]) -> list[str]:
+    for target in targets:
+        if target.rpartition(".")[2] == "embed_tokens":
+            raise wrong("target_modules", target, "the embedding is not served as a target; leave it out")
+    if unmatched := sorted(targets - {suffix for name in base.sites for suffix in _suffixes(name)}):
+        warnings.append(f"target_modules: the base has no linear layer {listed(unmatched)}.")
+    in_layers = _layer_filter(config)
+    return [name for name in base.sites if name in targets or (_is_listed(name, targets) and in_layers(name))]
+
+
+def _suffixes(name: str) -> Iterable[str]:
+    parts = name.split(".")
+    return (".".join(parts[start:]) for start in range(len(parts)))
+
+
+def _is_listed(name: str, names: set[str]) -> bool:
+    return any(suffix in names for suffix in _suffixes(name))
+
+
+def _layer_filter(config: Targeting) -> Callable[[str], bool]:
+    """Whether layers_to_transform and layers_pattern choose a module that target_modules names by suffix."""
+    layers, patterns = config.layers_to_transform, config.layers_pattern or []
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    if layers is None or layers == []:
+        if patterns:
+            raise wrong("layers_pattern", patterns, "it needs layers_to_transform")
+        return lambda name: True
+    if len(patterns) > _LAYERS_PATTERN_LIMIT:
+        raise wrong("layers_pattern", f"{len(patterns)} entries", f"the limit is {_LAYERS_PATTERN_LIMIT}")
+    for pattern in patterns:
+        if not re.fullmatch(r"\w+", pattern, re.ASCII):
+            raise wrong("layers_pattern", pattern, "only the plain name of a module list is served")
+    chosen = {layers} if isinstance(layers, int) else set(layers)
+    return lambda name: _layer_index(name, patterns) in chosen
+
+
+def _layer_index(name: str, patterns: Sequence[str]) -> int | None:
+    """The number after the first module called like one of `patterns`, or after any but the first module."""
+    parts = name.split(".")
+    for pattern in patterns or ("",):
+        for at in range(len(parts) - 2):
+            if parts[at + 1].isdigit() and (parts[at] == pattern if pattern else at > 0):
+                return int(parts[at + 1])
+    return None
+
+
+def compile_pattern(field: str, keys: Collection[str]) -> Callable[[str], str | None]:
+    """A function from a module's name to the first of `keys` that matches it.
+
+    peft matches with `re.match(rf"(.*\\.)?({key})$", name)`. Served are keys without operators, in which "."
+    stands for any one character, as it does there; a leading "^" ties the key to the start of the name.
+    """
+    if len(keys) > _PATTERN_LIMIT:
+        raise wrong(field, f"{len(keys)} entries", f"the limit is {_PATTERN_LIMIT}")
+    compiled = []
+    for key in keys:
+        if not re.fullmatch(r"\^?([\w.-]|\\\.)+\$?", key, re.ASCII):
+            raise wrong(field, key, "regular expressions are not served; write full module names")
+        tokens = re.findall(r"\\?.", key.removeprefix("^").removesuffix("$"))
+        compiled.append((key, key.startswith("^"), tokens))
+
+    def first(name: str) -> str | None:
+        for key, anchored, tokens in compiled:
+            rest = name[: max(0, len(name) - len(tokens))]
+            tail = name[len(rest) :]
+            starts = not rest or (rest.endswith(".") and not anchored)
+            if starts and len(tail) == len(tokens) and all(map(_fits, tokens, tail)):
+                return key
+        return None
+
+    return first
+
+
+def _fits(token: str, character: str) -> bool:
+    return token in (".", character) or (token == "\\." and character == ".")
