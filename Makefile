@@ -4,6 +4,7 @@ VENV ?= .venv
 HOST ?= 127.0.0.1
 PORT ?= 8000
 WORKERS ?= auto
+SANITIZER ?= compute-sanitizer
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -38,8 +39,11 @@ types: $(INSTALLED)
 pytest: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(ARGS)
 
+# The kernels against their references, whole models graphed against eager, and no access out of bounds.
+# compute-sanitizer comes with the CUDA toolkit; SANITIZER= leaves it out.
 test-gpu: $(INSTALLED)
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+	VENEER_CACHE=$$(mktemp -d) $(BIN)/python -m pytest -m gpu $(ARGS)
+	$(if $(SANITIZER),PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --error-exitcode 1 $(BIN)/python tests/kernels/every_kernel.py)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.batched $(ARGS)

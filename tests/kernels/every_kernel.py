@@ -1,0 +1,115 @@
+"""Launches every kernel on small odd shapes, for a memory checker: it has no assertions of its own.
+
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 python tests/kernels/every_kernel.py
+
+Without torch's cache each tensor is an allocation of its own, so that a read one element too far is seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from veneer.kernels import attention, epilogue, low_rank, nf4, norm
+from veneer.kernels.nf4_layout import Nf4Codes, Nf4Weight, pack_nf4
+from veneer.kernels.nf4_plan import Device, make_plan
+from veneer.kernels.tables import ABSENT, ALIGNED, BASE_SLOT, AdapterTables, Segment
+
+BF16 = torch.bfloat16
+
+
+def random(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.randn(shape, device="cuda").to(dtype)
+
+
+def run_nf4() -> None:
+    for outputs, inputs in ((70, 192), (130, 1088)):
+        codes = torch.randint(16, (outputs, inputs), dtype=torch.uint8, device="cuda")
+        weight: Nf4Weight = pack_nf4(Nf4Codes(codes, torch.rand(outputs, inputs // 64, device="cuda")))
+        for rows in (1, 3, 17, 50, 129, 300):
+            nf4.nf4_matmul(random(rows, inputs), weight, random(outputs))
+        for block_m in (16, 32, 64, 128):
+            sizes = make_plan(37, outputs, inputs, Device(), block_m=block_m, splits=3)
+            for plan in (sizes, replace(sizes, wgmma=False)) if block_m < 128 else (sizes,):
+                nf4.nf4_matmul_triton(random(37, inputs), weight, sizes=plan)
+
+
+def make_tables(ranks: list[int], sites: list[tuple[int, int]]) -> AdapterTables:
+    """An arena that ends where the last factor ends. `sites` are (out, in)."""
+    entries = torch.full((len(ranks), len(sites), 4), ABSENT, dtype=torch.int64)
+    at = 0
+    for slot, rank in enumerate(ranks):
+        for site, (outputs, inputs) in enumerate(sites):
+            places = []
+            for size in (rank * inputs, rank * outputs, outputs):
+                places.append(at)
+                at += -(-size // ALIGNED) * ALIGNED
+            entries[slot, site] = torch.tensor([*places, rank])
+    return AdapterTables(random(at), entries.cuda(), entries)
+
+
+def run_layer(rows: int, segments: list[Segment], ranks: list[int]) -> None:
+    """The epilogues of a layer with 4 heads, 2 key-value heads of 16, hidden size 72, MLP of 88."""
+    hidden, inner, heads, kv_heads, head_dim = 72, 88, 4, 2, 16
+    sites = [(64, hidden), (32, hidden), (32, hidden), (hidden, 64), (inner, hidden), (inner, hidden)]
+    tables = make_tables(ranks, [*sites, (hidden, inner)])
+    tiles = low_rank.make_tiles(segments, rows, len(ranks), torch.device("cuda"))
+    workspace = low_rank.Workspace(tables, rows, max(ranks))
+    x, cos, sin = random(rows, hidden), random(rows, head_dim), random(rows, head_dim)
+    caches = [torch.zeros(rows, 1, kv_heads, head_dim, dtype=BF16, device="cuda") for _ in range(2)]
+    slots = torch.arange(rows, dtype=torch.int32, device="cuda")
+    for count in (1, 3):
+        dtype = BF16 if count == 1 else torch.float32
+        low_rank.shrink(x, tables, tiles, 0, 3, workspace)
+        parts = random(count, rows, 128, dtype=dtype)
+        weight = random(head_dim)
+        epilogue.rope(
+            parts, tables, tiles, 0, 3, workspace, heads, kv_heads, cos, sin, caches[0], caches[1], slots, None,
+            weight, weight, 1e-6,
+        )  # fmt: skip
+        low_rank.shrink(x, tables, tiles, 4, 2, workspace)
+        epilogue.gated(random(count, rows, 2 * inner, dtype=dtype), tables, tiles, 4, 2, workspace, "silu")
+        low_rank.shrink(random(rows, inner), tables, tiles, 6, 1, workspace)
+        epilogue.add_update(random(count, rows, hidden, dtype=dtype), tables, tiles, 6, workspace, residual=x)
+    low_rank.low_rank(x, random(rows, 64), tables, tiles, 0, workspace)
+    norm.rms_norm(x, random(hidden), 1e-5)
+
+
+def run_attention() -> None:
+    heads, kv_heads, head_dim, page = 4, 2, 32, 4
+    query_lens, kv_lens = [1, 1, 7, 33], [1, 29, 7, 40]
+    pages = [-(-length // page) for length in kv_lens]
+    table = torch.zeros(len(pages), max(pages), dtype=torch.int32)
+    for row, count in enumerate(pages):
+        table[row, :count] = torch.arange(count) + sum(pages[:row])
+    caches = [random(sum(pages), page, kv_heads, head_dim) for _ in range(2)]
+    rows = sum(query_lens)
+    batch = attention.PagedBatch(
+        query_start=torch.tensor([0, 1, 2, 9, 42], dtype=torch.int32, device="cuda"),
+        kv_len=torch.tensor(kv_lens, dtype=torch.int32, device="cuda"),
+        block_table=table.cuda(),
+        slot_mapping=torch.arange(rows, device="cuda"),
+        query_lens=query_lens,
+        kv_lens=kv_lens,
+    )
+    new = random(rows, kv_heads, head_dim)
+    attention.write_kv(new, new, caches[0], caches[1], batch.slot_mapping)
+    for window in (None, 5):
+        attention.paged_attention(
+            random(rows, heads, head_dim), caches[0], caches[1], batch, 0.2, window, None
+        )
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    run_nf4()
+    run_layer(5, [Segment(BASE_SLOT, 0, 2), Segment(0, 2, 3), Segment(1, 3, 5)], [3, 40])
+    run_layer(300, [Segment(BASE_SLOT, 0, 90), Segment(0, 90, 181), Segment(1, 181, 300)], [16, 17])
+    run_attention()
+    torch.cuda.synchronize()
+    print("every kernel has run")
+
+
+if __name__ == "__main__":
+    main()
