@@ -49,7 +49,7 @@ def test_graphed_equals_eager_equals_alone(
     fields: dict[str, Any] = {"store": str(store), "device": "cuda", "max_num_seqs": 20, "page_size": 16}
     eager = make_engine(model, enforce_eager=True, **fields)
     graphed = make_engine(model, **fields)
-    assert eager.engine.runner.graphs is None
+    assert (eager.engine.runner.graphs, eager.engine.runner.mixed_graphs) == (None, None)
     assert graphed.engine.runner.graphs is not None
     adapters = [None, f"{2:064x}", f"{16:064x}", f"{33:064x}"]
     asks = [([3 + i, 7, 11, *range(5, 5 + 3 * i)], adapters[i % 4]) for i in range(11)]
@@ -66,12 +66,15 @@ Answer = list[tuple[int, float]]  # tokens with their log probabilities
 ROUNDING = 0.15  # of a log probability in bfloat16; on a CPU the references differed by up to 0.044
 
 
-def answer_all(driver: Any, asks: list[tuple[list[int], str | None]], together: bool) -> list[Answer]:
+def answer_all(driver: Any, asks: list[tuple[list[int], str | None]], between: int | None) -> list[Answer]:
+    """`between` one request and the next: so many steps, or as many as it takes to answer it."""
     ids = []
     for prompt, adapter in asks:
         ids.append(driver.submit(prompt, adapter, max_tokens=20, logprobs=1))
-        if not together:
+        if between is None:
             driver.run(ids[-1])
+        for _ in range(between or 0):
+            driver.step()
     driver.run(*ids)
     return [
         [
@@ -124,10 +127,71 @@ def test_packed_and_fused_equals_plain_however_it_runs(
     asks = [([3 + i, 7, 11, *range(5, 5 + 3 * i)], adapters[i % 4]) for i in range(11)]
     asks.append(([9 + i % 100 for i in range(230)], adapters[1]))  # with the others a step of many rows
     eager.engine.base.context.fused = False
-    plain = answer_all(eager, asks, together=False)
+    plain = answer_all(eager, asks, between=None)
     eager.engine.base.context.fused = True
     for driver in (eager, graphed):
-        for together in (False, True):
-            assert_same_up_to_rounding(answer_all(driver, asks, together), plain)
+        for between in (None, 0):
+            assert_same_up_to_rounding(answer_all(driver, asks, between), plain)
     base_only: list[tuple[list[int], str | None]] = [(prompt, None) for prompt, _ in asks[:3]]
-    assert_same_up_to_rounding(answer_all(graphed, base_only, True), answer_all(eager, base_only, False))
+    assert_same_up_to_rounding(answer_all(graphed, base_only, 0), answer_all(eager, base_only, None))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_steps_with_prompts_replay_graphs(
+    architecture: str,
+    packed: bool,
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
+    make_engine: Callable[..., Any],
+) -> None:
+    model = tiny_model(architecture)
+    store = tmp_path / "adapters"
+    for rank in (2, 16, 33):
+        make_adapter(store / "blobs" / f"{rank:064x}", model, rank)
+    fields: dict[str, Any] = {
+        "store": str(store),
+        "device": "cuda",
+        "max_num_seqs": 20,
+        "page_size": 16,
+        "prefix_caching": False,
+    }
+    if packed:
+        fields |= {"dtype": "bfloat16", "quantization": "nf4", "nf4_kernels": "packed"}
+    eager = make_engine(model, enforce_eager=True, **fields)
+    graphed = make_engine(model, **fields)
+    chunked = make_engine(model, max_num_batched_tokens=150, **fields)
+    adapters = [None, f"{2:064x}", f"{16:064x}", f"{33:064x}"]
+    asks = [([3 + (i + j) % 120 for j in range(2 + i * 37 % 203)], adapters[i % 4]) for i in range(30)]
+    expected = answer_all(eager, asks, between=None)
+    for driver, between in ((graphed, 1), (graphed, 2), (graphed, 0), (chunked, 1), (chunked, 0)):
+        before = driver.engine.runner.mixed_graphs.replays
+        found = answer_all(driver, asks, between)
+        if between:  # each prompt comes in a step of its own, but those that wait for their adapter
+            assert driver.engine.runner.mixed_graphs.replays - before > len(asks) / 2
+        if packed:
+            assert_same_up_to_rounding(found, expected)
+        else:
+            assert [[t for t, _ in items] for items in found] == [[t for t, _ in items] for items in expected]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_every_bucket_of_mixed_steps_is_replayed(
+    tiny_model: Callable[[str], Path], make_engine: Callable[..., Any]
+) -> None:
+    fields: dict[str, Any] = {"device": "cuda", "max_num_seqs": 8, "page_size": 16, "prefix_caching": False}
+    eager = make_engine(tiny_model("llama"), enforce_eager=True, **fields)
+    graphed = make_engine(tiny_model("llama"), **fields)
+    mixed = graphed.engine.runner.mixed_graphs
+    for prompts, rows, replays in ((1, 100, 1), (2, 128, 1), (4, 128, 1), (8, 128, 1), (8, 129, 0)):
+        asks: list[tuple[list[int], str | None]] = [
+            ([3 + (i + j) % 120 for j in range(rows)], None) for i in range(prompts)
+        ]
+        before = mixed.replays
+        found = answer_all(graphed, asks, between=0)
+        assert mixed.replays - before == replays
+        expected = answer_all(eager, asks, between=None)
+        assert [[t for t, _ in items] for items in found] == [[t for t, _ in items] for items in expected]

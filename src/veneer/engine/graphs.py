@@ -1,21 +1,22 @@
-"""CUDA graphs of decode steps: one forward of one row for each sequence, replayed without Python.
+"""CUDA graphs of steps: one forward, replayed without Python. Decode steps and mixed ones have each their own.
 
-A graph is captured for each bucket of rows, with and without adapters. Which tokens, adapters, pages and lengths
-a step has is only content of one static buffer, filled by one copy a step, so one graph replays any mix. Rows
-that pad a bucket write to and read from a page set aside for them.
+A decode graph is captured for each bucket of rows, with and without adapters: every row is a sequence. A mixed
+graph takes prompt chunks, too: a bucket of rows in all, cut anyhow among up to as many sequences as may run.
+Which tokens, adapters, pages and lengths a step has is only content of one static buffer, filled by one copy a
+step, so one graph replays any mix. Rows that pad a bucket write to and read from a page set aside for them.
 """
 
 from __future__ import annotations
 
-import logging
-import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
-from itertools import cycle
-from typing import Any
+from itertools import chain, cycle, groupby
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from veneer.engine.base import Base
 from veneer.engine.scheduler import Scheduled
@@ -23,17 +24,11 @@ from veneer.kernels.attention import PagedBatch
 from veneer.kernels.low_rank import choose_tile_rows, fill_tiles, tile_capacity, view_tiles
 from veneer.kernels.tables import BASE_SLOT, Segment
 
-logger = logging.getLogger(__name__)
-
 _WARM_UPS = 2  # the first compiles the kernels
-FIELDS = IDS, POSITIONS, SLOTS, LENGTHS, PREVIOUS = range(5)  # PREVIOUS: see `HostTables.fill`
-
-
-@dataclass(frozen=True)
-class _Captured:
-    graph: torch.cuda.CUDAGraph
-    logits: torch.Tensor  # [bucket, vocabulary], overwritten by each replay
-    ids: torch.Tensor  # int64 [bucket], the tokens that went in, likewise
+MIXED_BUCKETS = (128, 256, 512, 1024)  # with more rows the GPU is busy for longer than the host
+# A row has the first four (for PREVIOUS see `HostTables.fill`), a sequence the next two, one that samples the last.
+IDS, POSITIONS, SLOTS, PREVIOUS, LENGTHS, QUERY_START, LAST_ROWS = range(7)
+ROW_FIELDS, DECODE_FIELDS, MIXED_FIELDS = 4, 5, 7
 
 
 def buckets_up_to(max_batch: int) -> list[int]:
@@ -42,21 +37,43 @@ def buckets_up_to(max_batch: int) -> list[int]:
     return [*small, *range(16, max_batch, 16), max_batch]
 
 
+def segments_of(planned: Rows[Scheduled], counts: Rows[int]) -> list[Segment]:
+    """Neighbouring rows of one adapter or of the base; `counts` are the rows of each item, sorted by slot."""
+    segments = []
+    row = 0
+    pairs = zip(planned, counts, strict=True)
+    for slot, group in groupby(pairs, key=lambda pair: pair[0].sequence.slot):
+        rows = sum(count for _, count in group)
+        segments.append(Segment(slot, row, row + rows))
+        row += rows
+    return segments
+
+
+class TableSizes(NamedTuple):
+    """What a family of graphs needs at most."""
+
+    fields: int  # DECODE_FIELDS or MIXED_FIELDS
+    columns: int  # rows, or one more than there are sequences
+    tiles: int  # entries with the one that counts them
+    head_tiles: int  # 0: those of the rows
+    sequences: int
+    max_pages: int  # of a sequence
+
+
 class StepTables:
     """Views of one int32 buffer with all that changes from step to step.
 
     The block table comes last and pages are its rows, so the part that a step uses is the front of the buffer.
     """
 
-    def __init__(
-        self, max_batch: int, tiles: int, max_pages: int, *, device: torch.device, pin: bool
-    ) -> None:
-        sizes = [len(FIELDS) * max_batch, tiles * 3, max_pages * max_batch]
-        self.buffer = torch.zeros(sum(sizes), dtype=torch.int32, device=device, pin_memory=pin)
-        rows, tile_block, table = torch.split(self.buffer, sizes)
-        self.rows = rows.view(len(FIELDS), max_batch)
-        self.tiles = tile_block.view(tiles, 3)
-        self.block_table = table.view(max_pages, max_batch)
+    def __init__(self, sizes: TableSizes, *, device: torch.device, pin: bool) -> None:
+        fields, columns, tiles, head_tiles, sequences, max_pages = sizes
+        shapes = [(fields, columns), (tiles, 3), (head_tiles, 3), (max_pages, sequences)]
+        lengths = [a * b for a, b in shapes]
+        self.buffer = torch.zeros(sum(lengths), dtype=torch.int32, device=device, pin_memory=pin)
+        self.rows, self.tiles, self.head_tiles, self.block_table = (
+            part.view(shape) for part, shape in zip(torch.split(self.buffer, lengths), shapes, strict=True)
+        )
 
     def used(self, pages: int) -> int:
         """Elements of the buffer that a step with at most `pages` pages for a sequence needs."""
@@ -69,12 +86,12 @@ class HostTables:
 
     def __init__(self, tables: StepTables, page_size: int, scratch_page: int) -> None:
         self._tables = tables
-        self._rows, self._tiles, self._block_table = (
-            part.numpy() for part in (tables.rows, tables.tiles, tables.block_table)
+        self._rows, self._tiles, self._head_tiles, self._block_table = (
+            part.numpy() for part in (tables.rows, tables.tiles, tables.head_tiles, tables.block_table)
         )
         self._page_size = page_size
-        self._scratch = scratch_page
-        self._written: list[tuple[list[int], int]] = [([], 0)] * self._rows.shape[1]
+        self._scratch = [scratch_page]
+        self._written: list[tuple[list[int], int]] = [([], 0)] * self._block_table.shape[1]
         pinned = tables.buffer.is_pinned()
         self._copied = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
 
@@ -82,38 +99,34 @@ class HostTables:
         self,
         planned: Rows[Scheduled],
         bucket: int,
-        segments: Rows[Segment],
+        sequences: int,
         tile_rows: int,
         previous: Rows[int] | None,
     ) -> int:
-        """Write a step; returns how many elements of the buffer it needs.
+        """Write a step, padded to `bucket` rows and `sequences` sequences; returns how many elements it needs.
 
         `previous` are the places of the rows' tokens among those of the step before, when only the device
-        knows them. Raises ValueError when the tiles do not fit.
+        knows them: then every sequence has one row. Raises ValueError when the tiles do not fit.
         """
-        size, count = self._page_size, len(planned)
-        fields = [
-            (
-                item.sequence.tokens[item.start] if row < 0 else 0,
-                item.start,
-                item.sequence.pages[item.start // size] * size + item.start % size,
-                item.start + 1,
-                row,
-            )
-            for item, row in zip(planned, previous or [-1] * count, strict=True)
-        ]
-        fields += [(0, 0, self._scratch * size, 1, -1)] * (bucket - count)
-        self._rows[:, :bucket] = np.array(fields, dtype=np.int32).T
-        fill_tiles(self._tiles, segments, tile_rows)
-        tables = [item.sequence.pages for item in planned] + [[self._scratch] for _ in range(bucket - count)]
-        for column, pages in enumerate(tables):
-            # A sequence's list of pages only grows while it is the same list: write what is new.
-            known, written = self._written[column]
-            fresh = pages[written:] if pages is known else pages
-            if fresh:
-                self._block_table[len(pages) - len(fresh) : len(pages), column] = fresh
-                self._written[column] = pages, len(pages)
-        return self._tables.used(max(map(len, tables)))
+        used = self._fill_pages([item.sequence.pages for item in planned], sequences)
+        counts = [item.count for item in planned]
+        lengths = self._rows[LENGTHS]
+        lengths[: len(planned)] = [item.start + item.count for item in planned]
+        lengths[len(planned) : sequences] = 1
+        self._fill_rows(planned, np.array(counts, np.int64), bucket, previous)
+        fill_tiles(self._tiles, segments_of(planned, counts), tile_rows)
+        return used
+
+    def fill_chunks(self, planned: Rows[Scheduled], sequences: int, tile_rows: int) -> None:
+        """Write what a mixed step has besides: the rows of each sequence, and those of the logits."""
+        starts, last_rows = self._rows[QUERY_START], self._rows[LAST_ROWS]
+        starts[1 : len(planned) + 1] = np.cumsum([item.count for item in planned])
+        starts[len(planned) + 1 : sequences + 1] = starts[len(planned)]  # no rows
+        samples = [index for index, item in enumerate(planned) if item.samples]
+        last_rows[: len(samples)] = starts[1:][samples] - 1
+        last_rows[len(samples) : sequences] = 0
+        heads = [planned[index] for index in samples]
+        fill_tiles(self._head_tiles, segments_of(heads, [1] * len(heads)), tile_rows)
 
     def copy_to(self, device: StepTables, used: int) -> None:
         """Start the copy of the first `used` elements."""
@@ -126,86 +139,123 @@ class HostTables:
         if self._copied is not None:
             self._copied.synchronize()
 
+    def _fill_pages(self, tables: list[list[int]], sequences: int) -> int:
+        """Write the block table; returns how many elements of the buffer are in use."""
+        tables = tables + [self._scratch] * (sequences - len(tables))
+        for column, pages in enumerate(tables):
+            # A sequence's list of pages only grows while it is the same list: write what is new.
+            known, written = self._written[column]
+            fresh = pages[written:] if pages is known else pages
+            if fresh:
+                self._block_table[len(pages) - len(fresh) : len(pages), column] = fresh
+                self._written[column] = pages, len(pages)
+        return self._tables.used(max(map(len, tables)))
 
-class DecodeGraphs:
-    """Captured once at start. `run` is a drop-in for an eager forward of decode rows and the argmax of it."""
+    def _fill_rows(
+        self, planned: Rows[Scheduled], counts: NDArray[np.int64], bucket: int, previous: Rows[int] | None
+    ) -> None:
+        """Write the fields of each row; lengths and pages are written."""
+        size, rows = self._page_size, int(counts.sum())
+        fields = self._rows[:ROW_FIELDS, :rows]
+        owner = np.repeat(np.arange(len(planned)), counts)
+        # A sequence's last row has its last position, and so on backwards.
+        position = np.arange(rows) + (self._rows[LENGTHS, : len(planned)] - counts.cumsum())[owner]
+        tokens = (item.sequence.tokens[item.start : item.start + item.count] for item in planned)
+        fields[IDS] = 0 if previous else list(chain.from_iterable(tokens))
+        fields[POSITIONS] = position
+        fields[SLOTS] = self._block_table[position // size, owner] * size + position % size
+        fields[PREVIOUS] = previous or -1
+        self._rows[:ROW_FIELDS, rows:bucket] = [[0], [0], [self._scratch[0] * size], [-1]]
+
+
+@dataclass(frozen=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    logits: torch.Tensor  # [bucket or sequences, vocabulary], overwritten by each replay
+    ids: torch.Tensor  # int64 [bucket or sequences], the tokens that went in there, likewise
+
+
+class StepGraphs(ABC):
+    """Captured once at start. `run` is a drop-in for an eager forward and the argmax of its logits."""
 
     def __init__(
         self,
         base: Base,
         tokens: torch.Tensor,
-        *,
+        buckets: Rows[int],
+        sizes: TableSizes,
         page_size: int,
         scratch_page: int,
-        max_pages: int,
-        max_batch: int,
-        slots: int,
+        variants: tuple[bool, ...],
     ) -> None:
-        """Allocate the static buffers.
+        """Allocate the static buffers. `variants`: whether a graph has adapters, with each True or False.
 
         `tokens` (int64) is where each step finds the tokens of the step before and leaves the likeliest ones of
         its own; `scratch_page` is a page that no sequence ever has.
         """
+        self.replays = 0
         self._base = base
         self._tokens = tokens
-        self._buckets = buckets_up_to(max_batch)
-        self._tile_rows = choose_tile_rows(max_batch)
-        self._slots = slots
+        self._buckets = buckets
+        self._variants = variants
         self._captured: dict[tuple[int, bool], _Captured] = {}
         device = base.device
-        sizes = max_batch, self._tile_entries(max_batch), max_pages
-        self._tables = StepTables(*sizes, device=device, pin=False)
+        self._tables = StepTables(sizes, device=device, pin=False)
         cpu, pin = torch.device("cpu"), device.type == "cuda"
         hosts = [
-            HostTables(StepTables(*sizes, device=cpu, pin=pin), page_size, scratch_page) for _ in range(2)
+            HostTables(StepTables(sizes, device=cpu, pin=pin), page_size, scratch_page) for _ in range(2)
         ]
         self._hosts = cycle(hosts)
-        self._query_start = torch.arange(max_batch + 1, dtype=torch.int32, device=device)
-        self._max_keys = max_pages * page_size
+        self._max_keys = sizes.max_pages * page_size
 
+    @abstractmethod
     def fits(self, planned: Rows[Scheduled]) -> bool:
-        """Whether every item is one row that samples, and there is a bucket for all."""
-        one_row_each = all(item.count == 1 and item.samples for item in planned)
-        return one_row_each and len(planned) <= self._buckets[-1]
+        """Whether there is a graph for these."""
 
     @torch.inference_mode()
-    def capture(self) -> None:
-        """Capture every bucket, largest first, so that the smaller ones reuse its memory."""
-        started = time.monotonic()
-        pool = torch.cuda.graph_pool_handle()
-        self._fill([], self._buckets[-1], [], None)
+    def capture(self, pool: Any) -> int:
+        """Capture every bucket, largest first, so that the smaller ones reuse its memory. Returns how many."""
         for bucket in reversed(self._buckets):
-            for adapted in (False, True):
+            self._fill([], bucket, None)
+            for adapted in self._variants:
                 self._captured[bucket, adapted] = self._capture(bucket, adapted, pool)
-        torch.cuda.synchronize(self._base.device)
-        logger.info("captured %d decode graphs in %.1f s", len(self._captured), time.monotonic() - started)
+        return len(self._captured)
 
     @torch.inference_mode()
-    def run(
-        self, planned: Rows[Scheduled], segments: Rows[Segment], previous: Rows[int] | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [rows, vocabulary] and the tokens that went in [rows], both valid until the next call.
+    def run(self, planned: Rows[Scheduled], previous: Rows[int] | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [sampling sequences, vocabulary] and the tokens that went in there, valid until the next call.
 
-        `planned` is sorted by slot; `previous` as for `HostTables.fill`. The argmax of each row is left in the
-        first rows of `tokens`.
+        `planned` is sorted by slot; `previous` as for `HostTables.fill`. The argmax of each row of the logits is
+        left in the first rows of `tokens`.
         """
-        count = len(planned)
-        bucket = next(size for size in self._buckets if size >= count)
-        self._fill(planned, bucket, segments, previous)
-        captured = self._captured[bucket, any(segment.slot != BASE_SLOT for segment in segments)]
+        rows = sum(item.count for item in planned)
+        bucket = next(size for size in self._buckets if size >= rows)
+        self._fill(planned, bucket, previous)
+        adapted = any(item.sequence.slot != BASE_SLOT for item in planned)
+        captured = self._captured[bucket, adapted if adapted in self._variants else True]
         captured.graph.replay()
+        self.replays += 1
+        count = sum(item.samples for item in planned)
         return captured.logits[:count], captured.ids[:count]
 
-    def _fill(
-        self, planned: Rows[Scheduled], bucket: int, segments: Rows[Segment], previous: Rows[int] | None
-    ) -> None:
+    def _fill(self, planned: Rows[Scheduled], bucket: int, previous: Rows[int] | None) -> None:
         host = next(self._hosts)
         host.wait()
-        used = host.fill(planned, bucket, segments, self._tile_rows, previous)
-        host.copy_to(self._tables, used)
+        host.copy_to(self._tables, self._fill_host(host, planned, bucket, previous))
 
-    def _tile_entries(self, bucket: int) -> int:
-        return 1 + tile_capacity(bucket, self._slots, self._tile_rows)
+    @abstractmethod
+    def _fill_host(
+        self, host: HostTables, planned: Rows[Scheduled], bucket: int, previous: Rows[int] | None
+    ) -> int:
+        """Write a step; returns how many elements of the buffer it needs."""
+
+    @abstractmethod
+    def _bind(self, bucket: int, adapted: bool) -> None:
+        """Let the layers read the static tables."""
+
+    def _last_rows(self) -> torch.Tensor | None:
+        """Rows that have logits, int64; None for all."""
+        return None
 
     def _capture(self, bucket: int, adapted: bool, pool: Any) -> _Captured:
         self._bind(bucket, adapted)
@@ -220,8 +270,58 @@ class DecodeGraphs:
             logits, ids = self._forward(bucket)
         return _Captured(graph, logits, ids)
 
+    def _forward(self, bucket: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = self._tables.rows[:, :bucket]
+        previous = rows[PREVIOUS].long()
+        # An index of -1 is harmless: it reads the last token, and the row has an id of its own.
+        ids = torch.where(previous < 0, rows[IDS], self._tokens[previous])
+        last_rows = self._last_rows()
+        out = self._base.model(
+            input_ids=ids.unsqueeze(0),
+            position_ids=rows[POSITIONS].long().unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=0 if last_rows is None else last_rows,
+        )
+        logits: torch.Tensor = out.logits[0]
+        torch.argmax(logits, -1, out=self._tokens[: len(logits)])
+        return logits, ids if last_rows is None else ids[last_rows]
+
+
+class DecodeGraphs(StepGraphs):
+    """Of steps in which every sequence has one row, and samples."""
+
+    def __init__(
+        self,
+        base: Base,
+        tokens: torch.Tensor,
+        *,
+        page_size: int,
+        scratch_page: int,
+        max_pages: int,
+        max_batch: int,
+        slots: int,
+    ) -> None:
+        """As for `StepGraphs`; `max_pages` of a sequence, `slots` of adapters."""
+        self._slots = slots
+        self._tile_rows = choose_tile_rows(max_batch)
+        sizes = TableSizes(DECODE_FIELDS, max_batch, self._tile_entries(max_batch), 0, max_batch, max_pages)
+        buckets = buckets_up_to(max_batch)
+        super().__init__(base, tokens, buckets, sizes, page_size, scratch_page, (False, True))
+        self._query_start = torch.arange(max_batch + 1, dtype=torch.int32, device=base.device)
+
+    def fits(self, planned: Rows[Scheduled]) -> bool:
+        one_row_each = all(item.count == 1 and item.samples for item in planned)
+        return one_row_each and len(planned) <= self._buckets[-1]
+
+    def _fill_host(
+        self, host: HostTables, planned: Rows[Scheduled], bucket: int, previous: Rows[int] | None
+    ) -> int:
+        return host.fill(planned, bucket, bucket, self._tile_rows, previous)
+
+    def _tile_entries(self, bucket: int) -> int:
+        return 1 + tile_capacity(bucket, self._slots, self._tile_rows)
+
     def _bind(self, bucket: int, adapted: bool) -> None:
-        """Let the layers read the static tables."""
         step, tables = self._base.context, self._tables
         step.rows = step.head_rows = view_tiles(
             tables.tiles[: self._tile_entries(bucket)], (), adapted, self._tile_rows
@@ -235,14 +335,64 @@ class DecodeGraphs:
             kv_lens=[self._max_keys] * bucket,
         )
 
-    def _forward(self, bucket: int) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = self._tables.rows[:, :bucket]
-        previous = rows[PREVIOUS].long()
-        # An index of -1 is harmless: it reads the last token, and the row has an id of its own.
-        ids = torch.where(previous < 0, rows[IDS], self._tokens[previous])
-        out = self._base.model(
-            input_ids=ids.unsqueeze(0), position_ids=rows[POSITIONS].long().unsqueeze(0), use_cache=False
+
+class MixedGraphs(StepGraphs):
+    """Of steps of up to so many rows in all. Those of the base are in tiles as well, which costs them nothing."""
+
+    def __init__(
+        self,
+        base: Base,
+        tokens: torch.Tensor,
+        *,
+        page_size: int,
+        scratch_page: int,
+        max_pages: int,
+        max_batch: int,
+        max_rows: int,
+        slots: int,
+    ) -> None:
+        """As for `DecodeGraphs`; `max_rows` (the least of MIXED_BUCKETS or more) bounds the buckets."""
+        # Two at least, so that attention launches both of its kernels: see `_bind`.
+        self._sequences = max(max_batch, 2)
+        self._slots = slots
+        self._head_tile_rows = choose_tile_rows(self._sequences)
+        buckets = [size for size in MIXED_BUCKETS if size <= max_rows]
+        sizes = TableSizes(
+            MIXED_FIELDS,
+            max(buckets[-1], self._sequences + 1),
+            max(map(self._tile_entries, buckets)),
+            1 + tile_capacity(self._sequences, slots, self._head_tile_rows),
+            self._sequences,
+            max_pages,
         )
-        logits: torch.Tensor = out.logits[0]
-        torch.argmax(logits, -1, out=self._tokens[:bucket])
-        return logits, ids
+        super().__init__(base, tokens, buckets, sizes, page_size, scratch_page, (True,))
+
+    def fits(self, planned: Rows[Scheduled]) -> bool:
+        rows = sum(item.count for item in planned)
+        return rows <= self._buckets[-1] and len(planned) <= self._sequences
+
+    def _fill_host(
+        self, host: HostTables, planned: Rows[Scheduled], bucket: int, previous: Rows[int] | None
+    ) -> int:
+        host.fill_chunks(planned, self._sequences, self._head_tile_rows)
+        return host.fill(planned, bucket, self._sequences, choose_tile_rows(bucket), previous)
+
+    def _tile_entries(self, bucket: int) -> int:
+        return 1 + tile_capacity(bucket, self._slots, choose_tile_rows(bucket))
+
+    def _last_rows(self) -> torch.Tensor:
+        return self._tables.rows[LAST_ROWS, : self._sequences].long()
+
+    def _bind(self, bucket: int, adapted: bool) -> None:
+        step, tables, count = self._base.context, self._tables, self._sequences
+        tiles = tables.tiles[: self._tile_entries(bucket)]
+        step.rows = view_tiles(tiles, (), adapted, choose_tile_rows(bucket))
+        step.head_rows = view_tiles(tables.head_tiles, (), adapted, self._head_tile_rows)
+        step.batch = PagedBatch(
+            query_start=tables.rows[QUERY_START, : count + 1],
+            kv_len=tables.rows[LENGTHS, :count],
+            block_table=tables.block_table.T,
+            slot_mapping=tables.rows[SLOTS, :bucket],
+            query_lens=[1] * (count - 1) + [bucket],  # bounds: some may have one row, some up to all
+            kv_lens=[self._max_keys] * count,
+        )

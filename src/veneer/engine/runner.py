@@ -6,9 +6,11 @@ Rows are sorted by adapter slot, so that each adapter's rows are neighbours; bas
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -17,13 +19,15 @@ from numpy.typing import ArrayLike
 
 from veneer.adapters.residency import Residency
 from veneer.engine.base import Base
-from veneer.engine.graphs import DecodeGraphs
+from veneer.engine.graphs import MIXED_BUCKETS, DecodeGraphs, MixedGraphs, StepGraphs, segments_of
 from veneer.engine.messages import TokenLogprobs
 from veneer.engine.sampling import Sampled, SamplingRow, sample, upload
 from veneer.engine.scheduler import Batch, Scheduled
 from veneer.kernels.attention import PagedBatch
 from veneer.kernels.low_rank import Workspace, make_tiles
-from veneer.kernels.tables import RowTiles, Segment
+from veneer.kernels.tables import RowTiles
+
+logger = logging.getLogger(__name__)
 
 
 def allocate_kv(base: Base, num_pages: int, page_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -99,24 +103,35 @@ class Runner:
         self._step.kv_cache = allocate_kv(base, num_pages + 1, page_size)
         self._scratch_page = num_pages
         self.graphs: DecodeGraphs | None = None
+        self.mixed_graphs: MixedGraphs | None = None
         self._slots = tables.entries.shape[0]
         self._max_rows = max_rows
         # The tokens that the last step sampled, in the order of its rows. Static, for graphs.
         self._tokens = torch.zeros(max_rows, dtype=torch.int64, device=base.device)
 
     def capture_graphs(self, max_batch: int, max_model_len: int) -> None:
-        """From here on, steps of decode rows alone replay CUDA graphs."""
-        graphs = DecodeGraphs(
-            self.base,
-            self._tokens,
-            page_size=self.page_size,
-            scratch_page=self._scratch_page,
-            max_pages=-(-max_model_len // self.page_size),
-            max_batch=min(max_batch, self._max_rows),
-            slots=self._slots,
+        """From here on, steps of decode rows alone, and others that are not too large, replay CUDA graphs."""
+        started = time.monotonic()
+        sizes: dict[str, int] = {
+            "page_size": self.page_size,
+            "scratch_page": self._scratch_page,
+            "max_pages": -(-max_model_len // self.page_size),
+            "max_batch": min(max_batch, self._max_rows),
+            "slots": self._slots,
+        }
+        pool = torch.cuda.graph_pool_handle()
+        mixed = None
+        if self._max_rows >= MIXED_BUCKETS[0]:  # they come first, because they need the most memory
+            mixed = MixedGraphs(self.base, self._tokens, max_rows=self._max_rows, **sizes)
+        graphs = DecodeGraphs(self.base, self._tokens, **sizes)
+        counts = [0 if family is None else family.capture(pool) for family in (mixed, graphs)]
+        torch.cuda.synchronize(self.base.device)
+        logger.info(
+            "captured %d graphs of mixed steps and %d of decode steps in %.1f s",
+            *counts,
+            time.monotonic() - started,
         )
-        graphs.capture()
-        self.graphs = graphs
+        self.graphs, self.mixed_graphs = graphs, mixed
 
     @torch.inference_mode()
     def launch(self, batch: Batch, previous: Launched | None = None) -> Launched:
@@ -126,8 +141,9 @@ class Runner:
         """
         planned = sorted(batch.items, key=lambda item: item.sequence.slot)
         pending = None if previous is None else [previous.rows[item.sequence.id] for item in planned]
-        if self.graphs is not None and self.graphs.fits(planned):
-            logits, last = self.graphs.run(planned, _segments(planned, [1] * len(planned)), pending)
+        graphs = self._graphs_for(planned)
+        if graphs is not None:
+            logits, last = graphs.run(planned, pending)
         else:
             logits, last = self.logits(planned, pending)
             torch.argmax(logits, -1, out=self._tokens[: len(logits)])
@@ -139,6 +155,10 @@ class Runner:
             done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # its waiter sleeps
             done.record()
         return Launched(batch, {item.sequence.id: row for row, item in enumerate(sampled)}, result, done)
+
+    def _graphs_for(self, planned: Rows[Scheduled]) -> StepGraphs | None:
+        families = (self.graphs, self.mixed_graphs)
+        return next((family for family in families if family is not None and family.fits(planned)), None)
 
     @torch.inference_mode()
     def logits(
@@ -207,7 +227,7 @@ class Runner:
         return _Packed(*torch.split(packed, [array.size for array in arrays]))
 
     def _tiles(self, planned: Rows[Scheduled], counts: Rows[int]) -> RowTiles:
-        return make_tiles(_segments(planned, counts), sum(counts), self._slots, self.base.device)
+        return make_tiles(segments_of(planned, counts), sum(counts), self._slots, self.base.device)
 
     def _sampling_row(self, item: Scheduled) -> SamplingRow:
         sequence = item.sequence
@@ -215,15 +235,3 @@ class Runner:
         position = item.start + item.count - sequence.num_prompt_tokens
         forbidden = [*self.base.eos_token_ids, *p.stop_token_ids] if position < p.min_tokens else []
         return SamplingRow(p, sequence.tokens, sequence.num_prompt_tokens, position, forbidden)
-
-
-def _segments(planned: Rows[Scheduled], counts: Rows[int]) -> list[Segment]:
-    """Neighbouring rows of one adapter or of the base; `counts` are the rows of each item."""
-    segments = []
-    row = 0
-    pairs = zip(planned, counts, strict=True)
-    for slot, group in groupby(pairs, key=lambda pair: pair[0].sequence.slot):
-        rows = sum(count for _, count in group)
-        segments.append(Segment(slot, row, row + rows))
-        row += rows
-    return segments
