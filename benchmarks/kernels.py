@@ -29,7 +29,7 @@ from veneer.kernels.nf4 import dequantize_nf4, nf4_matmul, nf4_matmul_triton, nf
 from veneer.kernels.nf4_layout import BLOCK, Nf4Codes, Nf4Weight, pack_nf4, unpack_nf4
 from veneer.kernels.nf4_plan import FUSED_ROWS, Device, Nf4Plan, make_plan
 from veneer.kernels.nf4_plan import plan as plan_nf4
-from veneer.kernels.tables import ABSENT, AdapterTables, RowTiles, Segment
+from veneer.kernels.tables import ABSENT, RANK, AdapterTables, RowTiles, Segment, absent_entries
 
 LINEARS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 SITES = ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336))
@@ -161,12 +161,12 @@ def make_tables(ranks: list[int]) -> AdapterTables:
     sizes = [rank * (n + k) for rank in ranks for _ in range(LAYERS) for n, k in SITES]
     arena = torch.empty(sum(sizes), dtype=BF16, device="cuda")
     arena.normal_(0, 0.05)
-    entries = torch.empty(len(ranks), LAYERS * len(SITES), 4, dtype=torch.int64)
+    entries = absent_entries(len(ranks), LAYERS * len(SITES))
     offset = 0
     for slot, rank in enumerate(ranks):
         for site in range(entries.shape[1]):
             n, k = SITES[site % len(SITES)]
-            entries[slot, site] = torch.tensor([offset, offset + rank * k, ABSENT, rank])
+            entries[slot, site, : RANK + 1] = torch.tensor([offset, offset + rank * k, ABSENT, rank])
             offset += rank * (n + k)
     return AdapterTables(arena, entries.to("cuda"), entries)
 

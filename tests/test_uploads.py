@@ -168,7 +168,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "rank 100000": ({"r": 100_000}, "r = 100000"),
     "rank 0": ({"r": 0}, "r = 0"),
     "unknown field": ({"use_wizardry": True}, "use_wizardry"),
-    "DoRA": ({"use_dora": True}, "use_dora"),
+    "DoRA": ({"use_dora": True}, "lora_magnitude_vector"),
     "modules to save": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     "another kind": ({"peft_type": "IA3"}, "IA3"),
     "another layer": ({"target_modules": ["c_attn"]}, "c_attn"),

@@ -216,3 +216,33 @@ def test_values_that_are_not_finite(value: float, dtype: torch.dtype, folder: Pa
     save_file({"bad": torch.tensor([1, value], dtype=dtype)}, folder / WEIGHTS_FILE)
     with pytest.raises(AdapterRefused, match="'bad' holds NaN or infinite values"):
         Checkpoint(folder).read("bad")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64, torch.float32])
+def test_indices_are_read_as_int64(dtype: torch.dtype, folder: Path) -> None:
+    save_file({"at": torch.tensor([[0, 3], [7, 1]], dtype=dtype)}, folder / WEIGHTS_FILE)
+    indices = Checkpoint(folder).read_indices("at", 8)
+    assert indices.dtype == torch.int64
+    assert indices.tolist() == [[0, 3], [7, 1]]
+
+
+@pytest.mark.parametrize(
+    "values", [torch.tensor([0, 8]), torch.tensor([-1, 2]), torch.tensor([0.5]), torch.tensor([float("nan")])]
+)
+def test_indices_out_of_range_are_refused(values: torch.Tensor, folder: Path) -> None:
+    save_file({"at": values}, folder / WEIGHTS_FILE)
+    with pytest.raises(AdapterRefused, match="'at' must hold whole numbers from 0 to 7"):
+        Checkpoint(folder).read_indices("at", 8)
+
+
+def test_each_row_of_indices_has_its_limit(folder: Path) -> None:
+    save_file({"at": torch.tensor([[0, 3], [7, 1]])}, folder / WEIGHTS_FILE)
+    assert Checkpoint(folder).read_indices("at", 4, 8).tolist() == [[0, 3], [7, 1]]
+    with pytest.raises(AdapterRefused, match="from 0 to 6; its values go from 1 to 7"):
+        Checkpoint(folder).read_indices("at", 4, 7)
+
+
+def test_integers_are_no_weights(folder: Path) -> None:
+    save_file({"weight": torch.tensor([1, 2])}, folder / WEIGHTS_FILE)
+    with pytest.raises(AdapterRefused, match="'weight' has dtype I64; it must be one of F32, F16, BF16"):
+        Checkpoint(folder).read("weight")

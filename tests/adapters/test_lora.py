@@ -160,25 +160,19 @@ def test_defaults_are_pefts() -> None:
         assert theirs.get(name, off[0]) in off, name
 
 
-# A value that turns the field on. bias and init_lora_weights have more than one, below.
+# A value that turns the field on. init_lora_weights has more than one, below.
 ON: dict[str, Any] = {
-    "alora_invocation_tokens": [1, 2],
     "arrow_config": {"top_k": 2},
-    "bias": "all",
     "ensure_weight_tying": True,
     "init_lora_weights": "pissa",
     "kasa_config": {},
     "layer_replication": [[0, 2], [1, 2]],
     "megatron_config": {"a": 1},
     "modules_to_save": ["lm_head"],
-    "monteclora_config": {},
     "task_type": "SEQ_CLS",
     "target_parameters": ["experts.gate_up_proj"],
     "trainable_token_indices": [1],
-    "use_bdlora": {"nblocks": 2},
-    "use_dora": True,
     "use_qalora": True,
-    "velora_config": {},
 }
 
 
@@ -198,7 +192,7 @@ def test_refused_fields_are_named(field: str, adapter: Any, base: Any) -> None:
             for name in ("pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "x")
         ),
         ("init_lora_weights", 1),
-        ("bias", "lora_only"),
+        ("bias", "boft_only"),
         ("task_type", "causal_lm"),
         ("r", "8"),
         ("r", True),
@@ -213,6 +207,13 @@ def test_refused_fields_are_named(field: str, adapter: Any, base: Any) -> None:
         ("use_rslora", 1),
         ("use_rslora", "true"),
         ("lora_bias", None),
+        ("alora_invocation_tokens", []),
+        ("alora_invocation_tokens", [1] * 65),
+        ("alora_invocation_tokens", [3, -1]),
+        ("alora_invocation_tokens", [1, 2.0]),
+        ("alora_invocation_tokens", [True]),
+        ("alora_invocation_tokens", 5),
+        ("alora_invocation_tokens", "5"),
         ("rank_pattern", {"q_proj": "4"}),
         ("rank_pattern", {"q_proj": 0}),
         ("rank_pattern", {".*q_proj": 4}),
@@ -259,7 +260,7 @@ def test_unknown_fields_are_refused_by_name(adapter: Any, base: Any) -> None:
     assert "use_something_new" in refusal(adapter, base)
 
 
-@pytest.mark.parametrize("kind", ["IA3", "lora", None, 7, ["LORA"]])
+@pytest.mark.parametrize("kind", ["IA4", "lora", None, 7, ["LORA"]])
 def test_other_kinds_are_refused_with_the_choices(kind: object, adapter: Any, base: Any) -> None:
     adapter.edit_config(peft_type=kind)
     message = refusal(adapter, base)
@@ -319,7 +320,7 @@ def test_all_linear_wants_every_layer_but_the_head(adapter: Any, base: Any) -> N
         (f"{KEY}model.layers.0.self_attn.k_proj.lora_A.weight", [8, 64], "leave this layer out"),
         (f"{KEY}model.layers.7.self_attn.q_proj.lora_A.weight", [8, 64], "no linear layer"),
         (f"{KEY}model.embed_tokens.lora_embedding_A", [8, 96], "embedding"),
-        (f"{KEY}{Q}.lora_magnitude_vector", [64], "DoRA"),
+        (f"{KEY}{Q}.lora_magnitude_vector", [64], "use_dora is false"),
         (f"{KEY}{Q}.lora_A.default.weight", [8, 64], "adapter's name"),
         (f"{KEY}{Q}.lora_B.bias", [64], "lora_bias is false"),
         (f"{Q}.lora_A.weight", [8, 64], "keys begin with 'base_model.model.'"),
@@ -393,6 +394,41 @@ def test_the_copy_of_the_head_is_skipped_only_in_its_own_shape(
     message = refusal(adapter, base)  # a resized vocabulary
     assert HEAD_DUMP in message
     assert "[98, 64]" in message
+
+
+# ---- aLoRA ----------------------------------------------------------------------------------------
+
+
+def test_activated_lora_is_the_plain_one_with_its_invocation(adapter: Any, base: Any) -> None:
+    plain = lower(adapter.folder, base, 64)
+    assert (plain.invocation, plain.warnings) == ((), ())
+    adapter.edit_config(alora_invocation_tokens=[95, 0, 7], task_type="CAUSAL_LM")
+    program = lower(adapter.folder, base, 64)
+    assert program.invocation == (95, 0, 7)
+    assert "A prompt without these tokens is answered as the base does" in program.warnings[0]
+    for name, site in program.sites.items():
+        assert all(map(torch.equal, site.tensors, plain.sites[name].tensors))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"use_dora": True}, "PEFT does not combine it with use_dora"),
+        ({"alora_invocation_tokens": [5, 96]}, "[5, 96]: 96 is no token of the base; it has 96"),
+        ({"task_type": None}, 'task_type = null: without "CAUSAL_LM" PEFT looks for no invocation'),
+        ({"use_bdlora": {}}, "PEFT does not combine it with use_bdlora"),
+        ({"velora_config": {}}, "PEFT does not combine it with velora_config"),
+        ({"monteclora_config": {}}, "PEFT does not combine it with monteclora_config"),
+        ({"init_lora_weights": "mica"}, 'init_lora_weights = "mica": PEFT does not combine it'),
+        ({"bias": "lora_only"}, 'bias = "lora_only": it changes the base\'s biases before the invocation'),
+    ],
+    ids=str,
+)
+def test_activated_lora_with_other_variants_is_refused(
+    fields: Any, message: str, adapter: Any, base: Any
+) -> None:
+    adapter.edit_config(**{"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM", **fields})
+    assert message in refusal(adapter, base)
 
 
 def test_what_has_no_effect_is_warned_about(adapter: Any, base: Any) -> None:

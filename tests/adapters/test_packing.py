@@ -7,9 +7,19 @@ import torch
 
 from veneer.adapters.arena import ALIGNMENT
 from veneer.adapters.packing import pack, packed_size
-from veneer.adapters.program import Program, Site, SiteProgram
+from veneer.adapters.program import Program, Prompt, Site, SiteProgram
 from veneer.errors import AdapterRefused
-from veneer.kernels.tables import ABSENT, RANK
+from veneer.kernels.tables import (
+    ABSENT,
+    COLUMNS,
+    IN_BLOCK,
+    IN_OFFSET,
+    OFFSETS,
+    OUT_OFFSET,
+    OUT_PAIR,
+    RANK,
+    absent_entries,
+)
 
 SITES = [Site("q", 24, 40), Site("k", 24, 16), Site("v", 24, 16), Site("o", 40, 24)]
 
@@ -22,6 +32,9 @@ def example() -> Program:
             "o": SiteProgram(bias=torch.randn(24)),
             "q": SiteProgram(torch.randn(5, 24), torch.randn(5, 40), torch.randn(40)),
             "v": SiteProgram(torch.randn(33, 24), torch.randn(33, 16)),
+            "k": SiteProgram(
+                rotate_in=torch.randn(3, 8, 8), scale_out=torch.randn(16), cross_out=torch.randn(16), pair=4
+            ),
         },
     )
 
@@ -31,14 +44,19 @@ def test_entries_find_every_tensor_at_its_true_rank(dtype: torch.dtype) -> None:
     program = example()
     packed = pack(program, SITES, dtype, pin=False)
     assert packed.blob.dtype == dtype
-    assert packed.entries.shape == (4, 4)
+    assert packed.entries.shape == (4, COLUMNS)
     assert packed.entries[:, RANK].tolist() == [5, 0, 33, 0]
+    assert packed.entries[:, IN_BLOCK].tolist() == [0, 8, 0, 0]
+    assert packed.entries[:, OUT_PAIR].tolist() == [0, 4, 0, 0]
     taken = 0
     for index, site in enumerate(SITES):
         part = program.sites.get(site.name, SiteProgram())
-        for offset, tensor in zip(
-            packed.entries[index, :RANK].tolist(), (part.a, part.b, part.bias), strict=True
-        ):
+        turn = None if part.rotate_in is None else part.rotate_in - torch.eye(8)
+        scales = None
+        if part.scale_out is not None and part.cross_out is not None:
+            scales = torch.stack((part.scale_out - 1, part.cross_out))
+        stored = (part.a, part.b, part.bias, turn, scales)
+        for offset, tensor in zip(packed.entries[index, OFFSETS].tolist(), stored, strict=True):
             if tensor is None:
                 assert offset == ABSENT
                 continue
@@ -48,6 +66,35 @@ def test_entries_find_every_tensor_at_its_true_rank(dtype: torch.dtype) -> None:
             taken += -(-tensor.numel() // ALIGNMENT) * ALIGNMENT
     assert packed.size == packed_size(program) == taken  # nothing is padded to a largest rank
     assert packed.host_bytes == packed.blob.nbytes + packed.entries.nbytes
+
+
+def test_bfloat16_holds_what_differs_from_the_identity() -> None:
+    """1.001 itself would be rounded to 1."""
+    part = SiteProgram(rotate_in=torch.full((24, 1, 1), 1.001), scale_out=torch.full((40,), 0.999))
+    packed = pack(Program("ia3", {"q": part}), SITES, torch.bfloat16, pin=False)
+    for column, size, change in ((IN_OFFSET, 24, 0.001), (OUT_OFFSET, 40, -0.001)):
+        offset = int(packed.entries[0, column])
+        found = packed.blob[offset : offset + size].float()
+        assert torch.allclose(found, torch.tensor(change), rtol=2**-8)
+
+
+def test_primitives_and_identity() -> None:
+    turn, ones = torch.eye(8).repeat(3, 1, 1), torch.ones(16)
+    same = Program("x", {"k": SiteProgram(rotate_in=turn, scale_out=ones, cross_out=0 * ones, pair=2)})
+    assert same.is_identity
+    assert same.primitives == ("rotation", "output_rotation")
+    assert same.num_elements == 3 * 64 + 32
+    for part, names in (
+        (SiteProgram(rotate_in=2 * turn), ("rotation",)),
+        (SiteProgram(rotate_in=torch.full((24, 1, 1), 0.5)), ("input_scale",)),
+        (SiteProgram(scale_out=2 * ones), ("output_scale",)),
+        (SiteProgram(scale_out=ones, cross_out=ones, pair=2), ("output_rotation",)),
+        (SiteProgram(bias=ones), ("bias",)),
+        (SiteProgram(torch.ones(2, 24), torch.ones(2, 16)), ("low_rank",)),
+    ):
+        program = Program("x", {"k": part})
+        assert not program.is_identity
+        assert program.primitives == names
 
 
 def test_padding_is_zero() -> None:
@@ -60,8 +107,11 @@ def test_entries_at_moves_only_what_is_there() -> None:
     before = packed.entries.clone()
     moved = packed.entries_at(1280)
     assert torch.equal(packed.entries, before)
-    assert torch.equal(moved[:, RANK], before[:, RANK])
-    for was, now in zip(before[:, :RANK].flatten().tolist(), moved[:, :RANK].flatten().tolist(), strict=True):
+    sizes = [RANK, IN_BLOCK, OUT_PAIR]
+    assert torch.equal(moved[:, sizes], before[:, sizes])
+    for was, now in zip(
+        before[:, OFFSETS].flatten().tolist(), moved[:, OFFSETS].flatten().tolist(), strict=True
+    ):
         assert now == (ABSENT if was == ABSENT else was + 1280)
 
 
@@ -69,7 +119,7 @@ def test_rank_zero_is_absent() -> None:
     empty = Program("lora", {"k": SiteProgram(torch.empty(0, 24), torch.empty(0, 16))})
     packed = pack(empty, SITES, torch.float32, pin=False)
     assert packed.size == 0
-    assert packed.entries[1].tolist() == [ABSENT, ABSENT, ABSENT, 0]
+    assert torch.equal(packed.entries, absent_entries(4))
 
 
 def test_a_value_beyond_the_dtype_is_refused_by_site() -> None:
@@ -87,8 +137,69 @@ def test_a_value_beyond_the_dtype_is_refused_by_site() -> None:
         ("q", SiteProgram(torch.ones(2, 24), torch.ones(3, 40)), r"B at q is \[3, 40\], not \[2, 40\]"),
         ("q", SiteProgram(bias=torch.ones(39)), r"bias at q is \[39\], not \[40\]"),
         ("q", SiteProgram(a=torch.ones(2, 24)), "q has only one of A and B"),
+        ("q", SiteProgram(rotate_in=torch.ones(4, 5, 5)), r"blocks of 5; they must divide 24 and be at most"),
+        ("q", SiteProgram(rotate_in=torch.ones(3, 6, 6)), r"rotate_in at q is \[3, 6, 6\], not \[4, 6, 6\]"),
+        ("q", SiteProgram(scale_out=torch.ones(2)), r"scale_out at q is \[2\], not \[40\]"),
+        ("q", SiteProgram(cross_out=torch.ones(40), pair=4), "q must have scale_out, cross_out and pair"),
+        ("q", SiteProgram(scale_out=torch.ones(40), pair=4), "q must have scale_out, cross_out and pair"),
+        (
+            "q",
+            SiteProgram(scale_out=torch.ones(40), cross_out=torch.ones(40), pair=6),
+            "pair at q is 6; it must be even and divide 40",
+        ),
     ],
 )
 def test_a_program_that_does_not_fit_the_sites_is_a_fault(name: str, part: SiteProgram, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pack(Program("lora", {name: part}), SITES, torch.float32, pin=False)
+
+
+SHAPE = (3, 2, 5, 2, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_virtual_tokens_come_after_the_tensors_of_sites(dtype: torch.dtype) -> None:
+    torch.manual_seed(4)
+    kv, embeddings = torch.randn(SHAPE), torch.randn(5, 24)
+    sites = example().sites
+    plain = pack(Program("lora", sites), SITES, dtype, pin=False)
+    for prompt in (Prompt(SHAPE, kv=kv), Prompt(SHAPE, embeddings=embeddings)):
+        program = Program("both", sites, prompt=prompt)
+        packed = pack(program, SITES, dtype, pin=False)
+        assert tuple(packed.layout) == (packed.size, packed.prompt, ())
+        assert packed.size == packed_size(program)
+        assert packed.entries.equal(plain.entries)
+        assert packed.blob[: plain.size].equal(plain.blob)
+        assert packed.prompt is not None
+        arena = torch.cat([torch.full((48,), 7).to(dtype), packed.blob])
+        found, inputs = packed.prompt.views(arena[48:])
+        assert found.data_ptr() == arena[48 + plain.size :].data_ptr()
+        if prompt.kv is not None:
+            assert found.equal(kv.to(dtype))
+            assert inputs is None
+        else:
+            assert found.equal(torch.zeros(SHAPE, dtype=dtype))
+            assert inputs is not None
+            assert inputs.equal(embeddings.to(dtype))
+            assert (inputs.storage_offset() - 48) % ALIGNMENT == 0
+            found.fill_(9)
+            assert inputs.equal(embeddings.to(dtype))
+    assert plain.prompt is None
+
+
+def test_the_layout_has_the_invocation() -> None:
+    packed = pack(Program("activated", {}, invocation=(4, 2)), SITES, torch.float32, pin=False)
+    assert packed.layout.invocation == (4, 2)
+
+
+def test_virtual_tokens_must_fit_type_and_shape() -> None:
+    prompt = Prompt(SHAPE, embeddings=torch.full((5, 24), 1e6))
+    with pytest.raises(AdapterRefused, match="in its virtual tokens the adapter's largest value 1e\\+06"):
+        pack(Program("prompt", {}, prompt=prompt), SITES, torch.float16, pin=False)
+    with pytest.raises(ValueError, match=r"\[5, 3, 2, 2, 8\], not \[3, 2, 5, 2, 8\]"):
+        pack(
+            Program("prefix", {}, prompt=Prompt(SHAPE, kv=torch.zeros(5, 3, 2, 2, 8))),
+            SITES,
+            torch.float32,
+            pin=False,
+        )

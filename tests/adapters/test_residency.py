@@ -21,7 +21,7 @@ from veneer.adapters.arena import ALIGNMENT, align
 from veneer.adapters.program import Program, Site, SiteProgram
 from veneer.adapters.residency import GRACE, Residency
 from veneer.errors import AdapterRefused, Conflict, EngineUnavailable, NotFound, VeneerError
-from veneer.kernels.tables import ABSENT, AdapterTables
+from veneer.kernels.tables import ABSENT, COLUMNS, RANK, AdapterTables, absent_entries
 
 SITES = {
     site.name: site
@@ -169,8 +169,8 @@ def assert_installed(tables: AdapterTables, slot: int, program: Program, sites: 
     assert torch.equal(tables.entries[slot].cpu(), tables.entries_host[slot])
     for row, name in zip(tables.entries_host[slot].tolist(), sites, strict=True):
         part = program.sites.get(name, SiteProgram())
-        assert row[3] == part.rank
-        for offset, tensor in zip(row[:3], (part.a, part.b, part.bias), strict=True):
+        assert row[RANK] == part.rank
+        for offset, tensor in zip(row[:RANK], (part.a, part.b, part.bias), strict=True):
             if tensor is None:
                 assert offset == ABSENT
             else:
@@ -198,7 +198,7 @@ def test_tables_start_empty_and_never_move(bench: MakeBench) -> None:
     b = bench()
     tables = b.residency.tables
     before = [t.data_ptr() for t in (tables.arena, tables.entries, tables.entries_host)]
-    assert tables.entries.tolist() == [[[ABSENT, ABSENT, ABSENT, 0]] * len(SITES)] * 2
+    assert tables.entries.tolist() == [absent_entries(len(SITES)).tolist()] * 2
     b.touch(*(b.add(name) for name in "abc"))
     assert [t.data_ptr() for t in (tables.arena, tables.entries, tables.entries_host)] == before
     assert b.residency.tables is tables
@@ -245,7 +245,7 @@ def test_the_victim_goes_when_the_copy_of_its_successor_starts(bench: MakeBench)
     assert b.reached.acquire(timeout=PATIENCE)
     b.residency.prefetch(a)  # on the host, so its copy is asked for at once; the loader's thread is held
     assert b.resident() == set()
-    assert b.residency.tables.entries.tolist() == [[[ABSENT, ABSENT, ABSENT, 0]] * len(SITES)]
+    assert b.residency.tables.entries.tolist() == [absent_entries(len(SITES)).tolist()]
     assert torch.equal(b.residency.tables.entries, b.residency.tables.entries_host)
     assert b.residency.acquire(a) is None
     gate.set()
@@ -418,7 +418,7 @@ def test_larger_than_the_arena_is_refused(bench: MakeBench) -> None:
 
 
 def test_host_memory_keeps_to_its_budget_least_recently_used_out(bench: MakeBench) -> None:
-    bytes_each = UNIT + len(SITES) * 4 * 8
+    bytes_each = UNIT + len(SITES) * COLUMNS * 8
     b = bench(max_loras=1, host_bytes=2 * bytes_each)
     a, c, d = (b.add(name) for name in "acd")
     b.touch(a, c)
@@ -598,7 +598,7 @@ def test_drop_forgets_on_device_and_host(bench: MakeBench) -> None:
     b.finish(b.residency.drop(a))
     assert set(b.residency.stats()) == {c}
     assert b.residency.device_bytes == UNIT
-    assert b.residency.tables.entries[0].tolist() == [[ABSENT, ABSENT, ABSENT, 0]] * len(SITES)
+    assert b.residency.tables.entries[0].tolist() == absent_entries(len(SITES)).tolist()
     b.finish(b.residency.drop("unknown"))
     b.touch(a)
     assert b.loads == [a, c, a]
@@ -820,7 +820,8 @@ def test_a_launched_step_reads_its_adapter_to_the_end(bench: MakeBench) -> None:
     b.use(a)
     b.finish(b.residency.check(b.blobs / c, c))
     tables = b.residency.tables
-    seen = AdapterTables(*(torch.empty_like(t) for t in (tables.arena, tables.entries, tables.entries_host)))
+    copies = [torch.empty_like(t) for t in (tables.arena, tables.entries, tables.entries_host)]
+    seen = AdapterTables(copies[0], copies[1], copies[2])
     seen.entries_host.copy_(tables.entries_host)
     passed = torch.cuda.Event()  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
@@ -861,4 +862,4 @@ def test_pinned_memory_is_counted_as_it_is_taken(bench: MakeBench) -> None:
     before = torch.cuda.host_memory_stats()["allocated_bytes.current"]
     b.finish(b.residency.check(b.blobs / b.add("a", units(3)), "a"))
     taken = torch.cuda.host_memory_stats()["allocated_bytes.current"] - before
-    assert b.residency.host_bytes == taken + len(SITES) * 4 * 8
+    assert b.residency.host_bytes == taken + len(SITES) * COLUMNS * 8

@@ -200,6 +200,7 @@ def test_adapter_calls(
     assert reply.error is None
     assert (reply.info.kind, reply.info.rank) == ("lora", 4)
     assert reply.info.primitives == ["low_rank", "bias"]
+    assert reply.info.portability == "independent"
     assert reply.info.effect > 1e-3
     assert reply.info.warnings == []
 
@@ -228,13 +229,17 @@ def test_adapter_calls(
     assert digest_of(16) not in driver.engine.residency.stats()
 
 
-def test_zero_adapter_is_reported(
+def test_an_adapter_that_changes_nothing_is_refused_unless_allowed(
     tiny_model: Callable[[str], Path], tmp_path: Path, make_engine: Callable[..., Any]
 ) -> None:
     base: Any = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32)
     get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "zero")
     driver = make_engine(tiny_model("llama"))
     (Path(driver.engine.config.store) / "blobs").mkdir(parents=True)
-    reply = call(driver, CheckAdapter("c", str(tmp_path / "zero"), "a" * 64))
+    refused = call(driver, CheckAdapter("c", str(tmp_path / "zero"), "a" * 64))
+    assert refused.error.status == 400
+    assert "changes nothing" in refused.error.message
+    assert "allow_ineffective" in refused.error.message
+    reply = call(driver, CheckAdapter("d", str(tmp_path / "zero"), "a" * 64, allow_ineffective=True))
     assert any("changes nothing" in warning for warning in reply.info.warnings)
     assert reply.info.effect < 1e-4

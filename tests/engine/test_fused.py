@@ -17,7 +17,7 @@ from veneer.engine.layers import StepContext
 from veneer.engine.packed import PackedLinear
 from veneer.kernels.attention import PagedBatch
 from veneer.kernels.low_rank import Workspace, make_tiles
-from veneer.kernels.tables import ABSENT, BASE_SLOT, AdapterTables, Segment
+from veneer.kernels.tables import ABSENT, BASE_SLOT, RANK, AdapterTables, Segment, absent_entries
 
 ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "phi3", "llama-gelu"]
 RANKS = (3, 16, 0)  # by slot; the last has biases only
@@ -71,8 +71,7 @@ def load(folder: Path) -> Base:
 def random_tables(base: Base) -> AdapterTables:
     """Adapters of RANKS at every site but each fifth, some with a bias."""
     pieces: list[torch.Tensor] = []
-    entries = torch.full((len(RANKS), len(base.sites), 4), ABSENT, dtype=torch.int64)
-    entries[:, :, 3] = 0
+    entries = absent_entries(len(RANKS), len(base.sites))
 
     def place(*shape: int) -> int:
         offset = sum(piece.numel() for piece in pieces)
@@ -85,7 +84,7 @@ def random_tables(base: Base) -> AdapterTables:
                 continue
             bias = place(site.out_features) if rank == 0 or index % 3 == 0 else ABSENT
             factors = (place(rank, site.in_features), place(rank, site.out_features)) if rank else (0, 0)
-            entries[slot, index] = torch.tensor([*factors, bias, rank])
+            entries[slot, index, : RANK + 1] = torch.tensor([*factors, bias, rank])
     return AdapterTables(torch.cat(pieces), entries, entries)
 
 

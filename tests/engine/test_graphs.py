@@ -161,7 +161,7 @@ def test_steps_with_prompts_replay_graphs(
     if packed:
         fields |= {"dtype": "bfloat16", "quantization": "nf4", "nf4_kernels": "packed"}
     eager = make_engine(model, enforce_eager=True, **fields)
-    fields["mixed_graphs"] = True
+    fields["cuda_graphs"] = "all"
     graphed = make_engine(model, **fields)
     chunked = make_engine(model, max_num_batched_tokens=150, **fields)
     adapters = [None, f"{2:064x}", f"{16:064x}", f"{33:064x}"]
@@ -185,7 +185,7 @@ def test_every_bucket_of_mixed_steps_is_replayed(
 ) -> None:
     fields: dict[str, Any] = {"device": "cuda", "max_num_seqs": 8, "page_size": 16, "prefix_caching": False}
     eager = make_engine(tiny_model("llama"), enforce_eager=True, **fields)
-    graphed = make_engine(tiny_model("llama"), mixed_graphs=True, **fields)
+    graphed = make_engine(tiny_model("llama"), cuda_graphs="all", **fields)
     mixed = graphed.engine.runner.mixed_graphs
     for prompts, rows, replays in ((1, 100, 1), (2, 128, 1), (4, 128, 1), (8, 128, 1), (8, 129, 0)):
         asks: list[tuple[list[int], str | None]] = [

@@ -1,12 +1,14 @@
 """The scheduler with a simulated engine of integers.
 
-The simulated model keeps one number per token in pages, made of the number before it, as keys and values are;
+The simulated model keeps one number per token in pages, made of the number before it and of the adapter where
+it acts, as keys and values are;
 its next token depends on every number that it reads through the block table. A page that is shared, reused or
 overwritten wrongly changes the output, which must equal `expected`, whatever was batched, cut or preempted.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
@@ -19,31 +21,42 @@ import pytest
 from veneer.engine.messages import SamplingParams
 from veneer.engine.pages import PagePool
 from veneer.engine.scheduler import AdapterCounts, Batch, Scheduler
-from veneer.engine.sequence import Sequence
+from veneer.engine.sequence import NEVER, VIRTUAL, Sequence
 from veneer.errors import InvalidRequest, QueueFull
 
 VOCABULARY = 50
 KEPT = 3  # steps for which a loaded adapter is kept for whoever asked for it
 
 
-def value(before: int, token: int, position: int) -> int:
-    return hash((before, token, position))
+def value(before: int, token: int, position: int, adapter: str | None) -> int:
+    return hash((before, token, position, -1 if adapter is None else int.from_bytes(adapter.encode(), "big")))
 
 
-def root(adapter: str | None) -> int:
-    return -1 if adapter is None else int.from_bytes(adapter.encode(), "big")
+def activation(prompt: list[int], invocation: Iterable[int]) -> float:
+    """From where on an adapter with these invocation tokens acts."""
+    wanted = list(invocation)
+    found = [at for at in range(len(prompt)) if prompt[at : at + len(wanted)] == wanted]
+    return (found[-1] if found else math.inf) if wanted else 0
 
 
 def next_token(values: list[int]) -> int:
     return hash(tuple(values)) % VOCABULARY
 
 
-def expected(adapter: str | None, prompt: list[int], max_tokens: int, stops: Iterable[int] = ()) -> list[int]:
+def expected(
+    adapter: str | None,
+    prompt: list[int],
+    max_tokens: int,
+    stops: Iterable[int] = (),
+    invocation: Iterable[int] = (),
+) -> list[int]:
     """What the model generates when nothing else is there, up to a stop token."""
-    tokens, values = list(prompt), [root(adapter)]
+    tokens, values = list(prompt), [0]
+    first = activation(prompt, invocation)
     while len(tokens) < len(prompt) + max_tokens and not {*tokens[len(prompt) :]} & {*stops}:
         for position in range(len(values) - 1, len(tokens)):
-            values.append(value(values[-1], tokens[position], position))
+            acting = adapter if position >= first else None
+            values.append(value(values[-1], tokens[position], position, acting))
         tokens.append(next_token(values[1:]))
     return tokens[len(prompt) :]
 
@@ -69,6 +82,8 @@ class Gate:
         self.now = 0
         self.loads = 0
         self.pinned: set[str] = set()
+        self.virtual: dict[str, int] = {}
+        self.invocations: dict[str, tuple[int, ...]] = {}
         self.queue: list[str] = []
         self.resident: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
 
@@ -89,6 +104,14 @@ class Gate:
         entry.users += 1
         entry.used = True
         return entry.slot
+
+    def virtual_tokens(self, digest: str) -> int:
+        assert self.resident[digest].users
+        return self.virtual.get(digest, 0)
+
+    def invocation(self, digest: str) -> tuple[int, ...]:
+        assert self.resident[digest].users
+        return self.invocations.get(digest, ())
 
     def release(self, digest: str) -> None:
         self.resident[digest].users -= 1
@@ -160,13 +183,19 @@ class Simulation:
         queue: int = 1000,
         patience: float = 5,
         lookahead: bool = False,
+        virtual: dict[str, int] | None = None,
+        invocations: dict[str, tuple[int, ...]] | None = None,
     ) -> None:
         self.now = 0
         self.lookahead = lookahead
         self.ahead: Launch | None = None
         self.launched_ahead = self.wasted = 0
+        self.copied = 0  # virtual tokens
         self.pool = PagePool(pages, page_size, caching)
         self.gate = Gate(slots, delay, sizes, orderly)
+        self.gate.virtual = virtual or {}
+        self.gate.invocations = invocations or {}
+        self.rows_before = 0  # computed as the base's for sequences with an adapter
         self.scheduler = Scheduler(
             self.pool,
             self.gate,
@@ -234,7 +263,15 @@ class Simulation:
         for item in batch.items:
             sequence = item.sequence
             known = [*sequence.tokens, before[sequence.id]] if before else sequence.tokens
-            token = self.compute(sequence, known, item.start, item.count)
+            if item.lead:
+                self.compute(sequence, known, item.start - item.lead, item.lead, sequence.adapter)
+                self.copied += item.lead
+            before_it, acting = item.base_rows, None if item.slot < 0 else sequence.adapter
+            assert (acting is None) == (before_it == item.count or sequence.adapter is None)
+            token = self.compute(sequence, known, item.start, before_it, None)
+            if before_it < item.count:
+                token = self.compute(sequence, known, item.start + before_it, item.count - before_it, acting)
+            self.rows_before += before_it
             if item.samples:
                 tokens[sequence.id] = token
         return Launch(batch, tokens)
@@ -249,17 +286,21 @@ class Simulation:
             prompt = sequence.tokens[: sequence.num_prompt_tokens]
             output = sequence.tokens[sequence.num_prompt_tokens :]
             p = sequence.sampling
-            assert output == expected(sequence.adapter, prompt, p.max_tokens, p.stop_token_ids), sequence.id
+            invocation = self.gate.invocations.get(sequence.adapter or "", ())
+            wanted = expected(sequence.adapter, prompt, p.max_tokens, p.stop_token_ids, invocation)
+            assert output == wanted, sequence.id
         assert self.pool.used == 0
         assert all(entry.users == 0 for entry in self.gate.resident.values())
         assert self.scheduler.adapter_counts() == {}
 
-    def compute(self, sequence: Sequence, tokens: list[int], start: int, chunk: int) -> int:
+    def compute(
+        self, sequence: Sequence, tokens: list[int], start: int, chunk: int, adapter: str | None
+    ) -> int:
         size = self.pool.page_size
         values = [self.values[sequence.pages[i // size]][i % size] for i in range(start)]
         for position in range(start, start + chunk):
-            before = values[-1] if values else root(sequence.adapter)
-            values.append(value(before, tokens[position], position))
+            before = values[-1] if values else 0
+            values.append(value(before, tokens[position], position, adapter))
             self.values[sequence.pages[position // size]][position % size] = values[-1]
         return next_token(values)
 
@@ -279,7 +320,12 @@ class Simulation:
             else:
                 assert item.start == sequence.num_computed
             assert item.samples == (stop == len(sequence.tokens) + ahead)
-            first = item.start // self.pool.page_size
+            virtual = self.gate.virtual.get(sequence.adapter or "", 0)
+            assert sequence.tokens[:virtual] == [VIRTUAL] * virtual
+            assert VIRTUAL not in sequence.own_tokens
+            assert item.start >= virtual
+            assert item.lead == 0 or (item.start == virtual and not ahead)
+            first = (item.start - item.lead) // self.pool.page_size
             written = sequence.pages[first : self.pool.pages_for(stop)]
             assert len(written) == self.pool.pages_for(stop) - first
             writers.update(written)
@@ -644,6 +690,180 @@ def test_what_just_fits_runs() -> None:
     assert len(sim.done) == 1
 
 
+# ---- virtual tokens ---------------------------------------------------------------------------------
+
+
+def leads(batch: Batch) -> list[tuple[str, int, int, int]]:
+    return [(item.sequence.id, item.lead, item.start, item.count) for item in batch.items]
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_virtual_tokens_are_copied_once_and_their_full_pages_shared(caching: bool) -> None:
+    sim = Simulation(slots=2, delay=0, virtual={"a": 10}, caching=caching)
+    sim.add([1, 2, 3], adapter="a")
+    sim.add([1, 2, 3])
+    sim.add([1, 2, 3], adapter="b")
+    assert leads(sim.step()) == [("request-0", 10, 10, 3), ("request-1", 0, 0, 3), ("request-2", 0, 0, 3)]
+    sim.add([4] * 7, adapter="a")
+    assert leads(sim.step())[-1] == ("request-3", 2, 10, 7)  # two pages of four are there
+    first, last = sim.scheduler.running[0], sim.scheduler.running[-1]
+    assert first.pages[:2] == last.pages[:2]
+    assert first.pages[2] != last.pages[2]
+    sim.run()
+    assert (last.num_cached, first.num_output_tokens, last.num_output_tokens) == (0, 4, 4)
+    again = sim.add([4] * 7, adapter="a")
+    batch = sim.step()
+    assert leads(batch) == [("request-4", 0, 16, 1) if caching else ("request-4", 2, 10, 7)]
+    assert again.num_cached == (6 if caching else 0)
+    assert sim.pool.hit_tokens == again.num_cached
+    assert sim.pool.query_tokens == (3 + 3 + 3 + 7 + 7) * caching
+    sim.run()
+
+
+def test_virtual_tokens_that_fill_their_pages_are_copied_once() -> None:
+    sim = Simulation(slots=1, delay=0, virtual={"a": 8}, caching=False)
+    sim.add([1, 2, 3], adapter="a")
+    sim.run()
+    sim.add([4], adapter="a")
+    assert leads(sim.step()) == [("request-1", 0, 8, 1)]
+    sim.run()
+    sim.pool.forget("a")
+    sim.add([4], adapter="a")
+    assert leads(sim.step()) == [("request-2", 8, 8, 1)]
+
+
+def test_a_preempted_sequence_gets_its_virtual_tokens_again() -> None:
+    sim = Simulation(pages=8, tokens=64, slots=1, delay=0, virtual={"a": 6}, caching=False)
+    sim.add([1] * 6, max_tokens=10, adapter="a")
+    sim.add([2] * 6, max_tokens=10, adapter="a")
+    sim.run()
+    assert sim.scheduler.preemptions > 0
+    assert all(s.num_virtual == 6 and s.tokens[:7].count(VIRTUAL) == 6 for s in sim.done.values())
+    assert sim.copied > 12 - 4  # the second time, too
+
+
+@pytest.mark.parametrize(
+    ("virtual", "prompt", "max_tokens", "message"),
+    [
+        (170, 30, 1, "the prompt has 200 tokens, 170 of them the adapter's virtual ones, and the context"),
+        (30, 10, 2, "40 prompt tokens, 30 of them the adapter's virtual ones, and max_tokens 2 need a KV"),
+    ],
+)
+def test_what_is_too_long_with_its_virtual_tokens_is_refused_once_they_are_known(
+    virtual: int, prompt: int, max_tokens: int, message: str
+) -> None:
+    sim = Simulation(pages=10, slots=1, delay=2, virtual={"a": virtual})
+    long = sim.add([1] * 10, adapter="b")
+    sim.add([1] * prompt, max_tokens, adapter="a")
+    sim.add([2] * 3)
+    while not sim.scheduler.refused:
+        sim.step()
+    ((sequence, error),) = sim.scheduler.refused
+    assert (sequence.id, error.code) == ("request-1", "context_length_exceeded")
+    assert error.message.startswith(message)
+    assert not sim.scheduler.cancel(sequence.id)
+    sim.run()
+    assert set(sim.done) == {long.id, "request-2"}
+
+
+def test_the_longest_prompt_beside_virtual_tokens_runs() -> None:
+    sim = Simulation(pages=10, slots=1, virtual={"a": 30})
+    sim.add([1] * 9, max_tokens=2, adapter="a")
+    sim.run()
+    assert len(sim.done) == 1
+
+
+# ---- invocation tokens ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "first"),
+    [
+        ([7, 8, 1, 1], 0),
+        ([7, 8, 1, 7, 8], 3),
+        ([1, 7, 8, 7], 1),
+        ([7, 7, 8], 1),
+        ([8, 7], None),
+        ([7], None),
+        ([7, 1, 8], None),
+    ],
+)
+def test_an_adapter_acts_from_the_last_invocation_in_the_prompt_on(
+    prompt: list[int], first: int | None
+) -> None:
+    sim = Simulation(delay=0, invocations={"a": (7, 8)})
+    sequence = sim.add(prompt, adapter="a")
+    (item,) = sim.step().items
+    assert sequence.active_from == (NEVER if first is None else first)
+    assert item.base_rows == (len(prompt) if first is None else first)
+    assert (item.slot == -1) == (first is None)
+    (decode,) = sim.step().items
+    assert (decode.base_rows, decode.slot == -1) == (int(first is None), first is None)
+    sim.run()
+
+
+def test_what_is_generated_invokes_nothing() -> None:
+    prompt = [3] * 5
+    output = expected(None, prompt, 8)
+    assert output[1] not in prompt
+    sim = Simulation(pages=8, invocations={"a": (output[1],)}, delay=0)
+    sequence = sim.add(prompt, max_tokens=8, adapter="a")
+    sim.run()
+    assert sequence.tokens[5:] == output
+
+
+@pytest.mark.parametrize("tokens", [3, 5, 64])
+def test_pages_before_the_invocation_are_shared_with_the_base_and_others(tokens: int) -> None:
+    sim = Simulation(delay=0, slots=3, tokens=tokens, invocations={"a": (7, 8), "b": (9,)})
+    text = [1, 2, 3, 4, 5, 6, 1, 2, 3]
+    base = sim.add([*text, 4], adapter=None)
+    sim.run()
+    asked = [
+        (sim.add([*text, 7, 8, 4], adapter="a"), 8),
+        (sim.add([*text, 9, 8, 4], adapter="b"), 8),
+        (sim.add([*text, 7, 8, 4], adapter="plain"), 0),
+        (sim.add([*text[:6], 7, 8, *text], adapter="a"), 4),  # the page with the invocation is no base page
+    ]
+    sim.run()
+    assert [sequence.num_cached for sequence, _ in asked] == [cached for _, cached in asked]
+    assert base.num_cached == 0
+    again = sim.add([*text, 7, 8, 4, 5, 5], adapter="a")
+    reverse = sim.add([*text, 7, 8, 4, 5, 5])
+    sim.run()
+    assert again.num_cached == 12  # its own page, too
+    assert reverse.num_cached == 8  # not that one
+    sim.pool.forget("a")
+    after = [sim.add([*text, 7, 8, 4, 5, 5], adapter=adapter) for adapter in ("a", None)]
+    sim.run()
+    assert [sequence.num_cached for sequence in after] == [8, 12]
+    sim.add([9, *text, 7, 8], adapter="a")
+    sim.run()
+    sim.pool.forget("a")
+    base = sim.add([9, *text])
+    sim.run()
+    assert base.num_cached == 8  # also when it was the first to compute them
+
+
+def test_pages_with_the_same_tokens_invoked_at_another_place_are_not_shared() -> None:
+    """The second prompt has its last invocation over the end of the page."""
+    sim = Simulation(delay=0, invocations={"a": (7, 8)})
+    first = sim.add([7, 8, 1, 7, 1, 1], adapter="a")
+    sim.run()
+    second = sim.add([7, 8, 1, 7, 8, 1], adapter="a")
+    third = sim.add([7, 8, 1, 7, 1, 7, 8], adapter="a")
+    sim.run()
+    assert [s.active_from for s in (first, second, third)] == [0, 3, 5]
+    assert (second.num_cached, third.num_cached) == (0, 0)
+
+
+def test_a_preempted_sequence_is_active_from_the_same_place() -> None:
+    sim = Simulation(pages=8, tokens=5, slots=1, delay=0, invocations={"a": (7, 8)})
+    asked = [sim.add([i, 1, 1, 7, 8, 1], max_tokens=12, adapter="a") for i in range(2)]
+    sim.run()
+    assert sim.scheduler.preemptions > 0
+    assert [sequence.active_from for sequence in asked] == [3, 3]
+
+
 def test_an_id_in_use_is_refused() -> None:
     sim = Simulation()
     with pytest.raises(InvalidRequest, match="'request-0' is in use"):
@@ -853,6 +1073,8 @@ def test_soak(seed: int, orderly: bool, lookahead: bool) -> None:
         tokens=rng.choice([7, 16, 64]),
         patience=rng.choice([1, 5, 12]),
         lookahead=lookahead,
+        virtual={f"adapter-{i}": rng.randrange(9) for i in range(0, 20, 3)},
+        invocations={f"adapter-{i}": (i % 3, (i + 1) % 3)[: 1 + i % 2] for i in range(1, 20, 3)},
     )
     room = sim.pool.num_pages * sim.pool.page_size
     prefixes = [[rng.randrange(VOCABULARY) for _ in range(12)] for _ in range(3)]
@@ -862,7 +1084,8 @@ def test_soak(seed: int, orderly: bool, lookahead: bool) -> None:
         if step < 300 and rng.random() < 0.5:
             prompt = rng.choice(prefixes)[: rng.randrange(13)] + [rng.randrange(3)] * rng.randrange(1, 12)
             adapter = rng.choice([None, *(f"adapter-{rng.randrange(20)}" for _ in range(5))])
-            max_tokens = rng.randrange(1, min(24, room - len(prompt)))
+            virtual = sim.gate.virtual.get(adapter or "", 0)
+            max_tokens = rng.randrange(1, min(24, room - virtual - len(prompt)))
             deadline = step + rng.randrange(5, 100) if rng.random() < 0.1 else None
             stops = rng.sample(range(VOCABULARY), rng.choice([0, 0, 3]))
             sequence = sim.add(prompt, max_tokens, adapter, deadline, stops)
@@ -876,6 +1099,9 @@ def test_soak(seed: int, orderly: bool, lookahead: bool) -> None:
     assert len(sim.done) + len(sim.expired) + cancelled == next(sim._names)
     assert len(sim.done) > 60
     assert sim.gate.loads > 20
+    assert sim.copied > 50
+    assert sim.rows_before > 50
+    assert not sim.scheduler.refused
     assert sim.scheduler.preemptions > 10
     assert (sim.launched_ahead > 40) == lookahead
     assert lookahead or not sim.wasted

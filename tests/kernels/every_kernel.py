@@ -11,10 +11,21 @@ from dataclasses import replace
 
 import torch
 
-from veneer.kernels import attention, epilogue, low_rank, nf4, norm
+from veneer.kernels import attention, epilogue, low_rank, nf4, norm, transform
 from veneer.kernels.nf4_layout import Nf4Codes, Nf4Weight, pack_nf4
 from veneer.kernels.nf4_plan import Device, make_plan
-from veneer.kernels.tables import ABSENT, ALIGNED, BASE_SLOT, AdapterTables, Segment
+from veneer.kernels.tables import (
+    ALIGNED,
+    BASE_SLOT,
+    IN_BLOCK,
+    IN_OFFSET,
+    OUT_OFFSET,
+    OUT_PAIR,
+    RANK,
+    AdapterTables,
+    Segment,
+    absent_entries,
+)
 
 BF16 = torch.bfloat16
 
@@ -37,7 +48,7 @@ def run_nf4() -> None:
 
 def make_tables(ranks: list[int], sites: list[tuple[int, int]]) -> AdapterTables:
     """An arena that ends where the last factor ends. `sites` are (out, in)."""
-    entries = torch.full((len(ranks), len(sites), 4), ABSENT, dtype=torch.int64)
+    entries = absent_entries(len(ranks), len(sites))
     at = 0
     for slot, rank in enumerate(ranks):
         for site, (outputs, inputs) in enumerate(sites):
@@ -45,7 +56,7 @@ def make_tables(ranks: list[int], sites: list[tuple[int, int]]) -> AdapterTables
             for size in (rank * inputs, rank * outputs, outputs):
                 places.append(at)
                 at += -(-size // ALIGNED) * ALIGNED
-            entries[slot, site] = torch.tensor([*places, rank])
+            entries[slot, site, : RANK + 1] = torch.tensor([*places, rank])
     return AdapterTables(random(at), entries.cuda(), entries)
 
 
@@ -74,6 +85,21 @@ def run_layer(rows: int, segments: list[Segment], ranks: list[int]) -> None:
         epilogue.add_update(random(count, rows, hidden, dtype=dtype), tables, tiles, 6, workspace, residual=x)
     low_rank.low_rank(x, random(rows, 64), tables, tiles, 0, workspace)
     norm.rms_norm(x, random(hidden), 1e-5)
+
+
+def run_transforms() -> None:
+    """Blocks, pairs and features that are no multiples of the tiles; the arena ends with the last tensor."""
+    for features, block, pair in ((72, 9, 12), (133, 7, 0), (320, 80, 320), (130, 1, 2)):
+        entries = absent_entries(1, 1)
+        start = -(-features * block // ALIGNED) * ALIGNED
+        entries[0, 0, [IN_OFFSET, IN_BLOCK, OUT_OFFSET, OUT_PAIR]] = torch.tensor([0, block, start, pair])
+        arena = random(start + (2 if pair else 1) * features)
+        tables = AdapterTables(arena, entries.cuda(), entries)
+        for rows in (3, 300):
+            segments = [Segment(BASE_SLOT, 0, 1), Segment(0, 1, rows)]
+            tiles = low_rank.make_tiles(segments, rows, 1, torch.device("cuda"), transformed=True)
+            transform.transform_input(random(rows, features), tables, tiles, 0)
+            transform.transform_output(random(rows, features), tables, tiles, 0)
 
 
 def run_attention() -> None:
@@ -106,6 +132,7 @@ def main() -> None:
     run_nf4()
     run_layer(5, [Segment(BASE_SLOT, 0, 2), Segment(0, 2, 3), Segment(1, 3, 5)], [3, 40])
     run_layer(300, [Segment(BASE_SLOT, 0, 90), Segment(0, 90, 181), Segment(1, 181, 300)], [16, 17])
+    run_transforms()
     run_attention()
     torch.cuda.synchronize()
     print("every kernel has run")

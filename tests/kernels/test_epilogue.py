@@ -14,7 +14,17 @@ import triton.language  # noqa: F401  before the patch: only our own kernels are
 from veneer.kernels import epilogue, low_rank
 from veneer.kernels.epilogue import plan
 from veneer.kernels.low_rank import DECODE_TILE, PROGRAMS, Workspace, fill_tiles, tile_capacity, view_tiles
-from veneer.kernels.tables import ABSENT, ALIGNED, BASE_SLOT, AdapterTables, RowTiles, Segment
+from veneer.kernels.tables import (
+    ABSENT,
+    ALIGNED,
+    BASE_SLOT,
+    BIAS_OFFSET,
+    RANK,
+    AdapterTables,
+    RowTiles,
+    Segment,
+    absent_entries,
+)
 
 CUDA = torch.cuda.is_available()
 if not CUDA:  # a kernel is compiled or interpreted according to this when its module is imported
@@ -98,8 +108,7 @@ class Setup:
         self.sites = 1 if case.joined else len(widths)
         self.widths = (sum(widths),) if case.joined else widths
         pieces: list[torch.Tensor] = []
-        entries = torch.full((len(case.ranks), SITE + self.sites + 1, 4), ABSENT, dtype=torch.int64)
-        entries[..., 3] = 0
+        entries = absent_entries(len(case.ranks), SITE + self.sites + 1)
         self.factors: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
         def place(values: torch.Tensor) -> int:
@@ -116,9 +125,9 @@ class Setup:
                 a, b, bias = (side.to(dtype) for side in (a, b, bias))
                 self.factors[slot, index] = a.double(), b.double(), bias.double()
                 if rank:
-                    entries[slot, SITE + index] = torch.tensor([place(a), place(b), ABSENT, rank])
+                    entries[slot, SITE + index, : RANK + 1] = torch.tensor([place(a), place(b), ABSENT, rank])
                 if slot in case.biases:
-                    entries[slot, SITE + index, 2] = place(bias)
+                    entries[slot, SITE + index, BIAS_OFFSET] = place(bias)
         arena = torch.cat([*pieces, torch.full((64,), math.nan)]).to(device, dtype)
         self.tables = AdapterTables(arena, entries.to(device), entries)
         self.workspace = Workspace(self.tables, max(case.rows, 1), max(*case.ranks, 1))

@@ -26,7 +26,17 @@ from veneer.kernels.low_rank import (
     tile_capacity,
     view_tiles,
 )
-from veneer.kernels.tables import ABSENT, ALIGNED, BASE_SLOT, AdapterTables, RowTiles, Segment
+from veneer.kernels.tables import (
+    ABSENT,
+    ALIGNED,
+    BASE_SLOT,
+    BIAS_OFFSET,
+    RANK,
+    AdapterTables,
+    RowTiles,
+    Segment,
+    absent_entries,
+)
 
 CUDA = torch.cuda.is_available()
 if not CUDA:  # a kernel is compiled or interpreted according to this when its module is imported
@@ -91,8 +101,7 @@ class Setup:
         self.case = case
         slots, sizes = len(case.ranks), (case.inputs, case.outputs)
         pieces: list[torch.Tensor] = []
-        entries = torch.full((slots, 3, 4), ABSENT, dtype=torch.int64)
-        entries[:, :, 3] = 0
+        entries = absent_entries(slots, 3)
         self.factors: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
         def place(values: torch.Tensor) -> int:
@@ -108,9 +117,9 @@ class Setup:
             a, b, bias = (side.to(dtype) for side in (a, b, bias))
             self.factors.append((a.double(), b.double(), bias.double()))
             if rank:
-                entries[slot, 1] = torch.tensor([place(a), place(b), ABSENT, rank])
+                entries[slot, 1, : RANK + 1] = torch.tensor([place(a), place(b), ABSENT, rank])
             if case.has_bias(slot):
-                entries[slot, 1, 2] = place(bias)
+                entries[slot, 1, BIAS_OFFSET] = place(bias)
         arena = torch.cat([*pieces, torch.full((3,), math.nan)]).to(device, dtype)
         self.tables = AdapterTables(arena, entries.to(device), entries)
 
@@ -236,7 +245,7 @@ def test_a_replaced_adapter_is_seen_at_once() -> None:
     a, b, bias = setup.factors[0]
     setup.factors[0] = (a, 2 * b, bias)
     assert_close(setup.run(low_rank), setup.expected(), torch.float32)
-    setup.tables.entries_host[0, 1] = torch.tensor([ABSENT, ABSENT, ABSENT, 0])
+    setup.tables.entries_host[0, 1] = absent_entries(1)[0]
     assert torch.equal(setup.run(low_rank), setup.y.double())
 
 

@@ -4,8 +4,8 @@ The model repeats its prompt, in a cycle, from a start that the seed chooses whe
 an adapter moves the start by one. It ends with the end-of-sequence token after `--repeats` rounds. Every
 message it gets is appended to `--log` as one JSON line. It imports no torch.
 
-An adapter's config steers its check: `refuse` is the message to refuse it with, `wait_for` the path of a file
-without which the answer waits.
+An adapter's config steers its check: `refuse` is the message to refuse it with, `ineffective` refuses it unless
+that is allowed, `wait_for` is the path of a file without which the answer waits.
 """
 
 from __future__ import annotations
@@ -148,8 +148,9 @@ class FakeEngine:
         config = json.loads((Path(message.folder) / "adapter_config.json").read_text())
         if "wait_for" in config and not Path(config["wait_for"]).exists():
             return False
-        if "refuse" in config:
-            error = WireError(400, "adapter_refused", config["refuse"], "files")
+        ineffective = config.get("ineffective") and not message.allow_ineffective
+        if "refuse" in config or ineffective:
+            error = WireError(400, "adapter_refused", config.get("refuse", "it changes nothing"), "files")
             self.send(AdapterChecked(call=message.call, error=error))
             return True
         base = config.get("base_model_name_or_path", "")

@@ -28,8 +28,8 @@ def test_the_list(fresh: Server) -> None:
     assert reply["object"] == "list"
     assert [each["id"] for each in reply["data"]] == ["fresh", "sql", "team/poet"]
     fields = (
-        "digest kind primitives rank bytes version current residency pinned running requests loads "
-        "evictions created_at warnings aliases"
+        "digest kind primitives portability effect rank bytes version current residency pinned running requests "
+        "loads evictions created_at warnings aliases"
     )
     for each in reply["data"]:
         assert set(fields.split()) <= set(each)

@@ -63,8 +63,8 @@ def test_the_life_of_an_adapter(cli: Cli, lora: Path) -> None:
 
     assert cli("list") == 0
     header, new, sql = cli.out.splitlines()
-    assert header.split()[:4] == ["NAME", "VERSION", "KIND", "RANK"]
-    assert new.split()[:4] == ["org/new", "2", "lora", "8"]
+    assert header.split()[:7] == ["NAME", "VERSION", "KIND", "PRIMITIVES", "PORTABILITY", "RANK", "BYTES"]
+    assert new.split()[:7] == ["org/new", "2", "lora", "low_rank", "independent", "8", "1024"]
     assert sql.split()[:2] == ["sql", "1"]
 
     assert cli("rm", "org/new") == 1
@@ -74,6 +74,13 @@ def test_the_life_of_an_adapter(cli: Cli, lora: Path) -> None:
     assert cli.out == "org/new deleted\n"
     assert cli("list") == 0
     assert len(cli.out.splitlines()) == 2
+
+
+def test_an_adapter_that_changes_nothing_needs_the_flag(cli: Cli, lora: Path) -> None:
+    (lora / "adapter_config.json").write_text('{"ineffective": true}')
+    assert cli("push", "idle", str(lora)) == 1
+    assert "changes nothing" in cli.err
+    assert cli("push", "idle", str(lora), "--allow-ineffective") == 0
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,19 @@ def test_an_upload_is_served(fresh: Server) -> None:
     assert [each["version"] for each in shown["versions"]] == [1]
 
 
+def test_an_adapter_that_changes_nothing_is_taken_only_if_allowed(fresh: Server) -> None:
+    assert "changes nothing" in error(upload(fresh, "new", ineffective=True), 400, "adapter_refused")
+    assert left_behind(fresh) == []
+    form = {"name": "new", "allow_ineffective": "yes"}
+    reply = fresh.http.post("/v1/adapters", data=form, files=files(ineffective=True))
+    assert "'yes' is neither 'true' nor 'false'" in error(reply, 400, "invalid_value")
+    for value, status in (("false", 400), ("true", 201)):
+        form["allow_ineffective"] = value
+        reply = fresh.http.post("/v1/adapters", data=form, files=files(ineffective=True))
+        assert reply.status_code == status, reply.text
+    assert [each["allow_ineffective"] for each in fresh.received("CheckAdapter")] == [False, False, True]
+
+
 def test_the_same_content_again_changes_nothing(fresh: Server) -> None:
     first = made(fresh, "new")
     again = upload(fresh, "new")

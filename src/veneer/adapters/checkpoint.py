@@ -26,7 +26,8 @@ from veneer.errors import AdapterRefused
 HEADER_LIMIT = 4 << 20  # bytes
 _DIMENSION_LIMIT = 1 << 40  # also keeps products of hostile shapes small
 _AXES_LIMIT = 8
-_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_FLOATS = ("F32", "F16", "BF16")
+_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I16": 2, "I32": 4, "I64": 8}
 _PICKLE_NAMES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _PICKLE_MAGIC = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")  # pickle, torch's zip
 _SAVE_SAFELY = (
@@ -39,7 +40,7 @@ _SAVE_SAFELY = (
 class TensorInfo(NamedTuple):
     """What the header says about a tensor."""
 
-    dtype: str  # "F32" | "F16" | "BF16"
+    dtype: str  # a key of _ITEM_BYTES
     shape: tuple[int, ...]
 
 
@@ -91,17 +92,46 @@ class Checkpoint:
         """The tensor as float32 on the CPU, in memory of its own.
 
         Raises:
-            AdapterRefused: a value is NaN or infinite.
+            AdapterRefused: it holds integers, or a value is NaN or infinite.
         """
-        try:
-            tensor: torch.Tensor = self._file.get_tensor(name).to(torch.float32, copy=True)
-        except SafetensorError as error:
-            raise AdapterRefused(f"{WEIGHTS_FILE}: tensor {shown(name)} cannot be read: {error}.") from error
+        if (dtype := self.header[name].dtype) not in _FLOATS:
+            raise AdapterRefused(
+                f"{WEIGHTS_FILE}: tensor {shown(name)} has dtype {dtype}; it must be one of "
+                f"{', '.join(_FLOATS)}. Save it as it was trained."
+            )
+        tensor = self._load(name).to(torch.float32, copy=True)
         if not torch.isfinite(tensor).all():
             raise AdapterRefused(
                 f"{WEIGHTS_FILE}: tensor {shown(name)} holds NaN or infinite values. Every value must be "
                 "finite; the training that wrote it has diverged."
             )
+        return tensor
+
+    def read_indices(self, name: str, *limits: int) -> torch.Tensor:
+        """The tensor as int64 on the CPU. Floats are served where they are whole: PEFT saves some so on Windows.
+
+        Args:
+            limits: one for the whole tensor, or one for each entry of its first axis.
+
+        Raises:
+            AdapterRefused: a value is not a whole number from 0 to its limit - 1.
+        """
+        stored = self._load(name)
+        for part, limit in zip(stored if len(limits) > 1 else [stored], limits, strict=True):
+            whole = bool((part % 1 == 0).all())
+            if part.numel() and not (whole and part.min() >= 0 and part.max() < limit):
+                raise AdapterRefused(
+                    f"{WEIGHTS_FILE}: tensor {shown(name)} must hold whole numbers from 0 to {limit - 1}; its "
+                    f"values go from {part.min().item()} to {part.max().item()}. Train on the base that is "
+                    "served here."
+                )
+        return stored.to(torch.int64)
+
+    def _load(self, name: str) -> torch.Tensor:
+        try:
+            tensor: torch.Tensor = self._file.get_tensor(name)
+        except SafetensorError as error:
+            raise AdapterRefused(f"{WEIGHTS_FILE}: tensor {shown(name)} cannot be read: {error}.") from error
         return tensor
 
     @cached_property
@@ -126,7 +156,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
     Raises:
         AdapterRefused: the header is malformed, the data is truncated, has holes, overlaps or a tail, or a
-            dtype is not one of F32, F16, BF16.
+            dtype is not one of `_ITEM_BYTES`.
     """
     size = path.stat().st_size
     with path.open("rb") as file:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from veneer.adapters.packing import PackedAdapter, pack, packed_size
+from veneer.adapters.packing import Layout, PackedAdapter, pack, packed_size
 from veneer.adapters.program import Program, Site
 from veneer.adapters.slots import Place
 from veneer.errors import AdapterRefused, EngineUnavailable, NotFound, VeneerError
@@ -113,14 +113,14 @@ class Loader:
         """Lower a folder and keep the result under the digest."""
         return self._submit(READ, lambda: self._check(folder, digest), Future())
 
-    def read(self, digest: str) -> Future[int]:
-        """Bring an adapter into host memory. The result is its size in elements."""
-        return self._submit(READ, lambda: self._packed(digest).size, Future())
+    def read(self, digest: str) -> Future[Layout]:
+        """Bring an adapter into host memory."""
+        return self._submit(READ, lambda: self._packed(digest).layout, Future())
 
     def copy(self, digest: str, place: Place, after: torch.cuda.Event | None) -> Future[torch.Tensor]:
         """Write an adapter into its range of the arena, once `after` has passed on the compute stream.
 
-        The result is the adapter's entries, int64 [sites, 4]; when it is there the copy has completed.
+        The result is the adapter's entries, int64 [sites, COLUMNS]; when it is there the copy has completed.
         """
         return self._submit(COPY, lambda: self._copy(digest, place, after), Future())
 

@@ -2,15 +2,53 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from veneer.adapters.arena import align
-from veneer.adapters.program import Program, Site, SiteProgram
+from veneer.adapters.program import Program, Prompt, Site, SiteProgram
 from veneer.errors import AdapterRefused
-from veneer.kernels.tables import A_OFFSET, ABSENT, B_OFFSET, BIAS_OFFSET, RANK
+from veneer.kernels.tables import (
+    A_OFFSET,
+    ABSENT,
+    B_OFFSET,
+    BIAS_OFFSET,
+    IN_BLOCK,
+    IN_OFFSET,
+    MAX_BLOCK,
+    OFFSETS,
+    OUT_OFFSET,
+    OUT_PAIR,
+    RANK,
+    absent_entries,
+)
+
+
+class PackedPrompt(NamedTuple):
+    """Where the virtual tokens of an adapter lie: keys and values (zeros while not computed), then embeddings."""
+
+    start: int  # elements from the start of the blob
+    shape: tuple[int, int, int, int, int]  # of keys and values: layers, 2, tokens, kv_heads, head_dim
+    hidden: int  # size of an embedding; 0 when the adapter brings keys and values
+
+    def views(self, blob: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Keys and values [layers, 2, tokens, kv_heads, head_dim] and embeddings [tokens, hidden] in a blob."""
+        rest = blob[self.start :]
+        kv, tokens = math.prod(self.shape), self.shape[2]
+        embeddings = rest[align(kv) :][: tokens * self.hidden].view(tokens, -1) if self.hidden else None
+        return rest[:kv].view(self.shape), embeddings
+
+
+class Layout(NamedTuple):
+    """What must be known of an adapter to place and run it."""
+
+    size: int  # elements, a multiple of the alignment
+    prompt: PackedPrompt | None
+    invocation: tuple[int, ...] = ()  # see `Program`
 
 
 @dataclass(frozen=True)
@@ -18,7 +56,13 @@ class PackedAdapter:
     """An adapter in host memory as it will lie in the arena, at its true ranks."""
 
     blob: torch.Tensor  # [elements] of the engine's dtype, pinned when it goes to a GPU
-    entries: torch.Tensor  # int64 [sites, 4], rows of kernels/tables.py with offsets from the blob's start
+    entries: torch.Tensor  # int64 [sites, COLUMNS], of kernels/tables.py, offsets from the blob's start
+    prompt: PackedPrompt | None = None
+    invocation: tuple[int, ...] = ()
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.size, self.prompt, self.invocation)
 
     @property
     def size(self) -> int:
@@ -34,16 +78,17 @@ class PackedAdapter:
         return taken + self.entries.nbytes
 
     def entries_at(self, start: int) -> torch.Tensor:
-        """The entries for a blob that lies at `start` in the arena, int64 [sites, 4], pinned as the blob is."""
+        """The entries for a blob that lies at `start` in the arena, int64 [sites, COLUMNS], pinned as the blob."""
         moved = self.entries.clone()
-        offsets = moved[:, :RANK]
-        offsets += (offsets != ABSENT) * start
+        offsets = moved[:, OFFSETS]
+        moved[:, OFFSETS] = offsets + (offsets != ABSENT) * start
         return moved.pin_memory() if self.blob.is_pinned() else moved
 
 
 def packed_size(program: Program) -> int:
     """Elements that `pack` will take, known before anything is allocated."""
-    return sum(align(tensor.numel()) for site in program.sites.values() for _, tensor in _tensors(site))
+    at_sites = sum(align(tensor.numel()) for site in program.sites.values() for _, tensor in _tensors(site))
+    return at_sites + _prompt_size(program.prompt)
 
 
 def pack(program: Program, sites: Sequence[Site], dtype: torch.dtype, pin: bool) -> PackedAdapter:
@@ -55,42 +100,91 @@ def pack(program: Program, sites: Sequence[Site], dtype: torch.dtype, pin: bool)
     if unknown := program.sites.keys() - {site.name for site in sites}:
         raise ValueError(f"the program has tensors at {sorted(unknown)}, which the base does not have")
     blob = torch.zeros(packed_size(program), dtype=dtype, pin_memory=pin)
-    entries = torch.full((len(sites), 4), ABSENT, dtype=torch.int64)
-    entries[:, RANK] = 0
+    entries = absent_entries(len(sites))
     offset = 0
     for index, site in enumerate(sites):
         part = program.sites.get(site.name)
         if part is None:
             continue
         _check_shapes(part, site)
-        entries[index, RANK] = part.rank
+        entries[index, RANK], entries[index, OUT_PAIR] = part.rank, part.pair
+        entries[index, IN_BLOCK] = 0 if part.rotate_in is None else part.rotate_in.shape[1]
         for column, tensor in _tensors(part):
-            target = blob[offset : offset + tensor.numel()]
-            target.copy_(tensor.reshape(-1))
-            if dtype.itemsize < tensor.dtype.itemsize and not target.isfinite().all():
-                raise AdapterRefused(
-                    f"at {site.name} the adapter's largest value {tensor.abs().max().item():.6g} is beyond "
-                    f"{torch.finfo(dtype).max:.6g}, the largest that the server's {dtype} holds; "
-                    "serve with --dtype float32"
-                )
+            _put(tensor, blob[offset : offset + tensor.numel()], f"at {site.name}")
             entries[index, column] = offset
             offset += align(tensor.numel())
-    return PackedAdapter(blob, entries)
+    return PackedAdapter(blob, entries, _pack_prompt(program.prompt, blob, offset), program.invocation)
+
+
+def _put(tensor: torch.Tensor, target: torch.Tensor, where: str) -> None:
+    """Convert a tensor into its part of a blob. Raises `AdapterRefused` when a value does not fit."""
+    target.copy_(tensor.reshape(-1))
+    if target.itemsize < tensor.itemsize and not target.isfinite().all():
+        raise AdapterRefused(
+            f"{where} the adapter's largest value {tensor.abs().max().item():.6g} is beyond "
+            f"{torch.finfo(target.dtype).max:.6g}, the largest that the server's {target.dtype} holds; "
+            "serve with --dtype float32"
+        )
+
+
+def _prompt_size(prompt: Prompt | None) -> int:
+    if prompt is None:
+        return 0
+    embeddings = 0 if prompt.embeddings is None else prompt.embeddings.numel()
+    return align(math.prod(prompt.shape)) + align(embeddings)
+
+
+def _pack_prompt(prompt: Prompt | None, blob: torch.Tensor, start: int) -> PackedPrompt | None:
+    if prompt is None:
+        return None
+    packed = PackedPrompt(start, prompt.shape, 0 if prompt.embeddings is None else prompt.embeddings.shape[1])
+    kv, embeddings = packed.views(blob)
+    for tensor, target in ((prompt.kv, kv), (prompt.embeddings, embeddings)):
+        if tensor is not None and target is not None:
+            if tensor.shape != target.shape:
+                raise ValueError(f"a prompt's tensor is {list(tensor.shape)}, not {list(target.shape)}")
+            _put(tensor, target.view(-1), "in its virtual tokens")
+    return packed
 
 
 def _tensors(part: SiteProgram) -> Iterator[tuple[int, torch.Tensor]]:
-    """The tensors that are there, each with its column of the tables."""
-    for column, tensor in ((A_OFFSET, part.a), (B_OFFSET, part.b), (BIAS_OFFSET, part.bias)):
+    """The tensors that are there as they are stored, each with its column of the tables."""
+    turn, scale = part.rotate_in, part.scale_out
+    if turn is not None:
+        turn = turn - torch.eye(turn.shape[1])
+    if scale is not None:
+        scale = torch.stack([scale - 1] if part.cross_out is None else [scale - 1, part.cross_out])
+    columns = (A_OFFSET, B_OFFSET, BIAS_OFFSET, IN_OFFSET, OUT_OFFSET)
+    for column, tensor in zip(columns, (part.a, part.b, part.bias, turn, scale), strict=True):
         if tensor is not None and tensor.numel():
             yield column, tensor
 
 
 def _check_shapes(part: SiteProgram, site: Site) -> None:
     """Kernels trust the tables: a wrong shape would read another adapter's memory."""
-    rank, wide = part.rank, (part.a, part.b, part.bias)
-    wanted = ((rank, site.in_features), (rank, site.out_features), (site.out_features,))
-    for name, tensor, shape in zip(("A", "B", "bias"), wide, wanted, strict=True):
+    rank, block = part.rank, 1 if part.rotate_in is None else part.rotate_in.shape[-1]
+    if site.in_features % block or block > MAX_BLOCK:
+        raise ValueError(
+            f"rotate_in at {site.name} has blocks of {block}; they must divide {site.in_features} and be at "
+            f"most {MAX_BLOCK}"
+        )
+    wanted = {
+        "A": (part.a, (rank, site.in_features)),
+        "B": (part.b, (rank, site.out_features)),
+        "bias": (part.bias, (site.out_features,)),
+        "rotate_in": (part.rotate_in, (site.in_features // block, block, block)),
+        "scale_out": (part.scale_out, (site.out_features,)),
+        "cross_out": (part.cross_out, (site.out_features,)),
+    }
+    for name, (tensor, shape) in wanted.items():
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} at {site.name} is {list(tensor.shape)}, not {list(shape)}")
     if (part.a is None) != (part.b is None):
         raise ValueError(f"{site.name} has only one of A and B")
+    paired = part.cross_out is not None
+    if (paired and part.scale_out is None) or paired != (part.pair > 0):
+        raise ValueError(f"{site.name} must have scale_out, cross_out and pair, or no cross_out and no pair")
+    if paired and (part.pair % 2 or site.out_features % part.pair):
+        raise ValueError(
+            f"pair at {site.name} is {part.pair}; it must be even and divide {site.out_features}"
+        )

@@ -1,8 +1,14 @@
 """What an adapter is after lowering: primitives at sites, and nothing about the method it came from.
 
-A site is a linear layer of the base. For a row that uses the adapter, with x [in] and y = W0 x + b [out]:
+A site is a linear layer of the base, y = W0 x + b. For a row x [in] that uses the adapter:
 
-    y += B^T (A x) + beta            A: [rank, in], B: [rank, out] with the scale folded in, beta: [out]
+    y = OUT(W0 x' + b) + B^T (A x) + beta    A: [rank, in], B: [rank, out] with the scale folded in, beta: [out]
+
+    x' = each block of x times its R_k (x as a row)         R: [in / block, block, block]; block 1 is a diagonal
+    OUT(z)_i = scale_i z_i + cross_i z_partner(i)           partner(i) = i ± pair / 2 within its group of `pair`
+
+An adapter may also have virtual tokens, which stand in front of every prompt (`Prompt`), or invocation tokens:
+then its primitives act from the last place on where a prompt has these, and not at all where it has them nowhere.
 
 Both factors carry the rank first, so a weighted blend of adapters is the concatenation of their rows.
 A new primitive is a new field of `SiteProgram`, packed by residency.py and applied by engine/layers.py.
@@ -10,9 +16,10 @@ A new primitive is a new field of `SiteProgram`, packed by residency.py and appl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -32,10 +39,76 @@ class SiteProgram:
     a: torch.Tensor | None = None  # [rank, in]
     b: torch.Tensor | None = None  # [rank, out], scale folded in
     bias: torch.Tensor | None = None  # [out], added to y
+    rotate_in: torch.Tensor | None = None  # [in / block, block, block]
+    scale_out: torch.Tensor | None = None  # [out]
+    cross_out: torch.Tensor | None = None  # [out], only with scale_out
+    pair: int = 0  # features of a group of `cross_out`, even; 0 without it
 
     @property
     def rank(self) -> int:
         return 0 if self.a is None else self.a.shape[0]
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Those that are there."""
+        found = (self.a, self.b, self.bias, self.rotate_in, self.scale_out, self.cross_out)
+        return tuple(tensor for tensor in found if tensor is not None)
+
+    @property
+    def primitives(self) -> frozenset[str]:
+        """Names from `PRIMITIVES`."""
+        turned, scaled = self.rotate_in is not None, self.scale_out is not None
+        diagonal = self.rotate_in is not None and self.rotate_in.shape[1] == 1
+        paired = self.cross_out is not None
+        has = (
+            self.rank > 0,
+            self.bias is not None,
+            turned and not diagonal,
+            diagonal,
+            scaled and not paired,
+            paired,
+        )
+        return frozenset(name for name, there in zip(PRIMITIVES, has, strict=True) if there)
+
+    @property
+    def is_identity(self) -> bool:
+        """True when the output cannot change: the product has a zero factor, sums are 0, factors are 1."""
+        added = [self.bias, self.cross_out]
+        if self.rotate_in is not None:
+            added.append(self.rotate_in - torch.eye(self.rotate_in.shape[1]))
+        if self.scale_out is not None:
+            added.append(self.scale_out - 1)
+        product = self.a is not None and self.b is not None and bool(self.a.any()) and bool(self.b.any())
+        return not product and not any(bool(t.any()) for t in added if t is not None)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Virtual tokens at the positions before a prompt: their keys and values, or what the base makes them of.
+
+    Tensors are contiguous, on the CPU, float32; one of the two is there.
+    """
+
+    shape: tuple[int, int, int, int, int]  # of keys and values: layers, 2, tokens, kv_heads, head_dim
+    kv: torch.Tensor | None = None  # of `shape`, keys as attention reads them: no RoPE is applied
+    embeddings: torch.Tensor | None = None  # [tokens, hidden], the input of the first layer
+
+    @property
+    def tokens(self) -> int:
+        return self.shape[2]
+
+    @property
+    def num_elements(self) -> int:
+        """Numbers stored: keys and values are, also when they are computed."""
+        return math.prod(self.shape) + (0 if self.embeddings is None else self.embeddings.numel())
+
+
+PRIMITIVES = ("low_rank", "bias", "rotation", "input_scale", "output_scale", "output_rotation")
+KV_PREFIX, EMBEDDING_PREFIX = "kv_prefix", "embedding_prefix"  # the primitives of a `Prompt`
+
+Portability = Literal["independent", "proportional"]
+"""What becomes of an adapter on another quantization of its base. "independent": its change of the weights is
+in the file. "proportional": it follows from the base's weights, so it carries their quantization noise."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +119,9 @@ class Program:
     sites: Mapping[str, SiteProgram]
     base_model: str = ""  # the base's name according to the adapter's config
     warnings: tuple[str, ...] = field(default=())
+    portability: Portability = "independent"
+    prompt: Prompt | None = None
+    invocation: tuple[int, ...] = ()  # token ids; empty: it acts on every row
 
     @property
     def rank(self) -> int:
@@ -54,25 +130,19 @@ class Program:
 
     @property
     def primitives(self) -> tuple[str, ...]:
-        found = []
-        if any(site.rank for site in self.sites.values()):
-            found.append("low_rank")
-        if any(site.bias is not None for site in self.sites.values()):
-            found.append("bias")
+        used = frozenset[str]().union(*(site.primitives for site in self.sites.values()))
+        found = [name for name in PRIMITIVES if name in used]
+        if self.prompt is not None:
+            found.append(KV_PREFIX if self.prompt.embeddings is None else EMBEDDING_PREFIX)
         return tuple(found)
 
     @property
     def is_identity(self) -> bool:
-        """True when no site can change the output: each product has a zero factor, each bias is zero."""
-        return not any(_acts(site) for site in self.sites.values())
+        """True when nothing can change the output. Virtual tokens always can: they take part in attention."""
+        return self.prompt is None and all(site.is_identity for site in self.sites.values())
 
     @property
     def num_elements(self) -> int:
-        """Numbers stored over all sites."""
-        return sum(t.numel() for s in self.sites.values() for t in (s.a, s.b, s.bias) if t is not None)
-
-
-def _acts(site: SiteProgram) -> bool:
-    if site.bias is not None and bool(site.bias.any()):
-        return True
-    return site.a is not None and site.b is not None and bool(site.a.any()) and bool(site.b.any())
+        """Numbers stored over all sites, and of the virtual tokens."""
+        at_sites = sum(tensor.numel() for site in self.sites.values() for tensor in site.tensors)
+        return at_sites + (0 if self.prompt is None else self.prompt.num_elements)

@@ -6,13 +6,99 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from veneer.adapters.checkpoint import Checkpoint, shown
-from veneer.adapters.methods import lora
+from veneer.adapters.methods import (
+    adalora,
+    beft,
+    boft,
+    c3a,
+    cartridge,
+    cpt,
+    deft,
+    delora,
+    fourierft,
+    glora,
+    gralora,
+    hira,
+    hra,
+    ia3,
+    ln_tuning,
+    loha,
+    lokr,
+    lora,
+    miss,
+    multitask_prompt_tuning,
+    oft,
+    p_tuning,
+    peanut,
+    poly,
+    prefix_tuning,
+    prompt_tuning,
+    pvera,
+    randlora,
+    road,
+    shira,
+    supertuning,
+    tinylora,
+    unilora,
+    vblora,
+    vera,
+    waveft,
+)
 from veneer.adapters.methods.base import Base, Method
 from veneer.adapters.names import CONFIG_FILE
 from veneer.adapters.program import Program
 from veneer.errors import AdapterRefused
 
-METHODS: Mapping[str, Method] = {"LORA": lora.lower}
+METHODS: Mapping[str, Method] = {
+    "ADALORA": adalora.lower,
+    "BEFT": beft.lower,
+    "BOFT": boft.lower,
+    "C3A": c3a.lower,
+    "CARTRIDGE": cartridge.lower,
+    "CPT": cpt.lower,
+    "DEFT": deft.lower,
+    "DELORA": delora.lower,
+    "FOURIERFT": fourierft.lower,
+    "GLORA": glora.lower,
+    "GRALORA": gralora.lower,
+    "HIRA": hira.lower,
+    "HRA": hra.lower,
+    "IA3": ia3.lower,
+    "LN_TUNING": ln_tuning.lower,
+    "LOHA": loha.lower,
+    "LOKR": lokr.lower,
+    "LORA": lora.lower,
+    "MISS": miss.lower,
+    "MULTITASK_PROMPT_TUNING": multitask_prompt_tuning.lower,
+    "OFT": oft.lower,
+    "PEANUT": peanut.lower,
+    "POLY": poly.lower,
+    "PREFIX_TUNING": prefix_tuning.lower,
+    "PROMPT_TUNING": prompt_tuning.lower,
+    "PVERA": pvera.lower,
+    "P_TUNING": p_tuning.lower,
+    "RANDLORA": randlora.lower,
+    "ROAD": road.lower,
+    "SHIRA": shira.lower,
+    "SUPERTUNING": supertuning.lower,
+    "TINYLORA": tinylora.lower,
+    "UNILORA": unilora.lower,
+    "VBLORA": vblora.lower,
+    "VERA": vera.lower,
+    "WAVEFT": waveft.lower,
+}
+
+# What cannot be served exactly, and why. A kind in neither table is not known.
+REFUSED: Mapping[str, str] = {
+    "ADAMSS": "it is base-fragile: which rows it changes follows from the weights of its training and is not saved",
+    "FROD": "it is base-fragile: its rotations follow from the weights it was trained on and are not saved",
+    "LILY": "its router averages over all tokens and rows, so an answer would depend on the rest of the batch",
+    "OSF": "it is base-fragile: it replaces the small singular directions of the weights it was trained on",
+    "PSOFT": "it is base-fragile: its basis follows from the weights it was trained on and is not saved",
+    "SHADOW": "it is a second model, with layers and a KV cache of its own, beside the base",
+    "XLORA": "its weights come from another pass of the base, over adapters in other repositories; PEFT 0.21 does "
+    "not save its classifier whole",
+}
 
 
 def lower(folder: Path | str, base: Base, max_rank: int) -> Program:
@@ -24,6 +110,8 @@ def lower(folder: Path | str, base: Base, max_rank: int) -> Program:
     checkpoint = Checkpoint(Path(folder))
     kind = checkpoint.config.get("peft_type")
     method = METHODS.get(kind) if isinstance(kind, str) else None
+    if isinstance(kind, str) and kind in REFUSED:
+        raise AdapterRefused(f"{CONFIG_FILE}: peft_type {shown(kind)} is refused: {REFUSED[kind]}.")
     if method is None:
         raise AdapterRefused(
             f"{CONFIG_FILE}: peft_type {shown(kind)} is not served; served are: {', '.join(METHODS)}."

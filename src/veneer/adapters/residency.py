@@ -23,6 +23,7 @@ import torch
 
 from veneer.adapters.loader import Loader
 from veneer.adapters.methods.base import Base
+from veneer.adapters.packing import Layout
 from veneer.adapters.program import Program
 from veneer.adapters.slots import Place, Slots
 from veneer.engine.messages import AdapterStats
@@ -31,6 +32,16 @@ from veneer.errors import Conflict, EngineUnavailable, VeneerError
 # How long a loaded adapter is kept for whoever asked for it. Without this, adapters that wait for room in the
 # batch would push each other out; without an end, cancelled requests would hold slots.
 GRACE = 0.5  # seconds
+UNKNOWN = Layout(0, None)
+
+
+@dataclass
+class ResidentPrompt:
+    """The virtual tokens of an adapter on the device, in its place of the arena."""
+
+    kv: torch.Tensor  # [layers, 2 (keys, values), tokens, kv_heads, head_dim]
+    embeddings: torch.Tensor | None  # [tokens, hidden]
+    computed: bool  # keys and values are there; until then whoever needs them makes them of the embeddings
 
 
 @dataclass
@@ -38,16 +49,22 @@ class _Adapter:
     """What is known of one adapter."""
 
     digest: str
-    size: int = 0  # elements in the arena; 0 = not known yet
+    layout: Layout = UNKNOWN
     ready: bool = False  # queued, and the read has been done
     place: Place | None = None
-    job: Future[int] | Future[torch.Tensor] | None = None  # its read, or its copy when it has a place
+    prompt: ResidentPrompt | None = None  # when it is resident and has virtual tokens
+    job: Future[Layout] | Future[torch.Tensor] | None = None  # its read, or its copy when it has a place
     users: int = 0
     pinned: bool = False
     kept_until: float = 0.0  # by the clock: loaded and not used yet
     drop: Future[None] | None = None  # to be forgotten
     loads: int = 0
     evictions: int = 0
+
+    @property
+    def size(self) -> int:
+        """Elements in the arena."""
+        return self.layout.size
 
     @property
     def is_resident(self) -> bool:
@@ -108,7 +125,7 @@ class Residency:
             packed = self._loader.cache.get(digest)
             adapter.ready = packed is not None
             if packed is not None:
-                adapter.size = packed.size
+                adapter.layout = packed.layout
             self._start_loads()
 
     def acquire(self, digest: str) -> int | None:
@@ -120,6 +137,19 @@ class Residency:
         adapter.users += 1
         adapter.kept_until = 0.0
         return adapter.place.slot
+
+    def virtual_tokens(self, digest: str) -> int:
+        """How many virtual tokens an acquired adapter has."""
+        prompt = self.prompt(digest)
+        return 0 if prompt is None else prompt.kv.shape[2]
+
+    def invocation(self, digest: str) -> tuple[int, ...]:
+        """The tokens from which on an acquired adapter acts; none when it always does."""
+        return self._adapters[digest].layout.invocation
+
+    def prompt(self, digest: str) -> ResidentPrompt | None:
+        """The virtual tokens of an acquired adapter, if it has some. Valid until its last `release`."""
+        return self._adapters[digest].prompt
 
     def release(self, digest: str) -> None:
         """End one use. After the last, whoever waits longest may take the place at once."""
@@ -239,7 +269,7 @@ class Residency:
             elif adapter.job is None and self._stuck is None and not self._place(adapter):
                 self._stuck = adapter
 
-    def _start(self, adapter: _Adapter, job: Future[int] | Future[torch.Tensor]) -> None:
+    def _start(self, adapter: _Adapter, job: Future[Layout] | Future[torch.Tensor]) -> None:
         adapter.job = job
         self._working.append(adapter)
 
@@ -302,11 +332,12 @@ class Residency:
         assert job is not None
         try:
             result = job.result()
-            if isinstance(result, int):
-                adapter.size, adapter.ready = result, True
+            if isinstance(result, Layout):
+                adapter.layout, adapter.ready = result, True
             else:
                 assert adapter.place is not None
                 self._slots.install(adapter.place, result)
+                adapter.prompt = self._resident_prompt(adapter.layout, adapter.place)
                 adapter.loads += 1
                 adapter.kept_until = self._clock() + GRACE
         except VeneerError as error:
@@ -314,6 +345,12 @@ class Residency:
                 self._evict(adapter)
             self._fail(adapter, error)
         self._finish_drop(adapter)
+
+    def _resident_prompt(self, layout: Layout, place: Place) -> ResidentPrompt | None:
+        if layout.prompt is None:
+            return None
+        kv, embeddings = layout.prompt.views(self.tables.arena[place.start : place.start + place.size])
+        return ResidentPrompt(kv, embeddings, computed=embeddings is None)
 
     def _fail(self, adapter: _Adapter, error: VeneerError) -> None:
         """Report a failed load, once; a later request tries again."""
@@ -326,7 +363,7 @@ class Residency:
     def _evict(self, adapter: _Adapter) -> None:
         assert adapter.place is not None
         self._slots.clear(adapter.place)
-        adapter.place = None
+        adapter.place = adapter.prompt = None
         del self._placed[adapter.digest]
 
     def _finish_drop(self, adapter: _Adapter) -> None:

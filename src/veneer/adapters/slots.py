@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from veneer.adapters.arena import ALIGNMENT, Arena
-from veneer.kernels.tables import ABSENT, RANK, AdapterTables
+from veneer.kernels.tables import AdapterTables, absent_entries, find_transforms
 
 
 class Place(NamedTuple):
@@ -36,12 +36,12 @@ class Slots:
                 f"at least 1 and {ALIGNMENT * dtype.itemsize} are needed"
             )
         self._free = set(range(count))
-        self._absent = _absent(1, sites, device)[0]
+        self._absent = absent_entries(sites, device=device)
         self.tables = AdapterTables(
             # Zeroed: padding that a kernel loads beside a tensor is never NaN.
             arena=torch.zeros(self._arena.capacity, dtype=dtype, device=device),
-            entries=_absent(count, sites, device),
-            entries_host=_absent(count, sites, torch.device("cpu")),
+            entries=absent_entries(count, sites, device=device),
+            entries_host=absent_entries(count, sites),
         )
 
     @property
@@ -63,15 +63,17 @@ class Slots:
         return Place(slot, start, size)
 
     def install(self, place: Place, entries: torch.Tensor) -> None:
-        """From the next launch on, kernels find the adapter with these entries (int64 [sites, 4])."""
+        """From the next launch on, kernels find the adapter with these entries (int64 [sites, COLUMNS])."""
         self.tables.entries_host[place.slot] = entries
         self.tables.entries[place.slot].copy_(entries, non_blocking=True)
+        if any(transforms := find_transforms(entries)):
+            self.tables.transforms[place.slot] = transforms
 
     def clear(self, place: Place) -> None:
         """Give a place back. Steps launched so far still read it: see `launched`."""
         self.tables.entries[place.slot].copy_(self._absent, non_blocking=True)
-        self.tables.entries_host[place.slot, :, :RANK] = ABSENT
-        self.tables.entries_host[place.slot, :, RANK] = 0
+        self.tables.entries_host[place.slot] = absent_entries(self._absent.shape[0])
+        self.tables.transforms.pop(place.slot, None)
         self._arena.free(place.start)
         self._free.add(place.slot)
 
@@ -82,10 +84,3 @@ class Slots:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.tables.arena.device))
         return event
-
-
-def _absent(slots: int, sites: int, device: torch.device) -> torch.Tensor:
-    """Entries of slots without an adapter, int64 [slots, sites, 4]."""
-    entries = torch.full((slots, sites, 4), ABSENT, dtype=torch.int64, device=device)
-    entries[..., RANK] = 0
-    return entries

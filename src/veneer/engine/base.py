@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
+from veneer.adapters.methods.base import Norm
 from veneer.adapters.program import Site
 from veneer.engine.fused import fuse_layers
 from veneer.engine.layers import ATTENTION_NAME, AdaptedLinear, StepContext
@@ -36,6 +37,14 @@ _PLAIN_RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSN
 # These change their frequencies with the longest position of the whole batch, so beyond the original context
 # one request would change another's numbers.
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+_MLP_INPUTS = ("mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj")
+_NORM_READERS = {
+    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj"),
+    "post_attention_layernorm": _MLP_INPUTS,
+    "pre_feedforward_layernorm": _MLP_INPUTS,
+    "norm": ("lm_head",),
+}
+"""The linear layers that read a norm of the proven architectures, and nothing else does."""
 
 
 @dataclass
@@ -71,6 +80,10 @@ class Base:
         return int(getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads)
 
     @property
+    def hidden_size(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
     def head_dim(self) -> int:
         explicit = getattr(self.config, "head_dim", None)
         return int(explicit or self.config.hidden_size // self.config.num_attention_heads)
@@ -83,6 +96,25 @@ class Base:
         """See `veneer.adapters.methods.base.Base`."""
         found = dequantized_bias(self._linear(site))
         return None if found is None else found.cpu().clone()
+
+    @property
+    def norms(self) -> dict[str, Norm]:
+        """See `veneer.adapters.methods.base.Base`."""
+        found = {}
+        for path, module in self.model.named_modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                name = path.replace(".plain.", ".")  # a fused layer holds the plain one
+                weight = module.weight.detach().float().cpu().clone()
+                found[name] = Norm(weight, _norm_offset(module), self._readers(name))
+        return found
+
+    def _readers(self, norm: str) -> tuple[str, ...]:
+        parent, _, attribute = norm.rpartition(".")
+        suffixes = _NORM_READERS.get(attribute, ())
+        if self.config.model_type == "gemma3_text" and attribute == "post_attention_layernorm":
+            suffixes = ()  # it normalizes what attention gives
+        path = "" if attribute == "norm" else f"{parent}."
+        return tuple(f"{path}{suffix}" for suffix in suffixes if f"{path}{suffix}" in self.sites)
 
     def _linear(self, site: str) -> nn.Module:
         index = list(self.sites).index(site)
@@ -262,6 +294,11 @@ def wrap_linears(
         if hasattr(part, "layer_idx") and type(part).__name__.endswith("Attention"):
             part.veneer_step = context  # type: ignore[assignment]
     return sites
+
+
+def _norm_offset(norm: nn.Module) -> float:
+    """What transformers adds to the stored weight."""
+    return 1.0 if type(norm).__name__.startswith("Gemma") else 0.0
 
 
 def _max_positions(config: Any, notes: list[str]) -> int:

@@ -207,9 +207,14 @@ class EngineClient:
             async for _, output in generation:
                 yield output
 
-    async def check_adapter(self, folder: str, digest: str) -> AdapterInfo:
-        """Lower the adapter in `folder`. Raises InvalidRequest that names what cannot be served."""
-        reply = await self._call(CheckAdapter(call=self._call_id(), folder=folder, digest=digest))
+    async def check_adapter(
+        self, folder: str, digest: str, *, allow_ineffective: bool = False
+    ) -> AdapterInfo:
+        """Lower the adapter in `folder`. Raises InvalidRequest that names what cannot be served.
+
+        One that changes nothing is refused unless `allow_ineffective`.
+        """
+        reply = await self._call(CheckAdapter(self._call_id(), folder, digest, allow_ineffective))
         assert isinstance(reply, AdapterChecked)
         assert reply.info is not None
         return reply.info

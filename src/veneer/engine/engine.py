@@ -28,11 +28,11 @@ from veneer.engine.base import Base, load_base, resolve_device, resolve_dtype, r
 from veneer.engine.config import GIB, EngineConfig
 from veneer.engine.messages import AdapterChecked, AdapterInfo, Done, SequenceOutput, WireError
 from veneer.engine.pages import PagePool
-from veneer.engine.probe import EffectProbe
+from veneer.engine.probe import EffectProbe, why_ineffective
 from veneer.engine.runner import Launched, Runner, kv_page_bytes
 from veneer.engine.scheduler import Scheduler
 from veneer.engine.sequence import Sequence
-from veneer.errors import DeadlineExceeded, VeneerError
+from veneer.errors import AdapterRefused, DeadlineExceeded, VeneerError
 from veneer.kernels.backend import resolve
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,10 @@ class Engine:
             if config.enforce_eager:
                 self.base.notes.append("CUDA graphs are off: --enforce-eager")
             else:
-                self.runner.capture_graphs(config.max_num_seqs, self.max_model_len)
+                self.base.notes.append(f"CUDA graphs: {config.cuda_graphs}")
+                self.runner.capture_graphs(
+                    config.max_num_seqs, self.max_model_len, config.cuda_graphs == "all"
+                )
         self.pool = PagePool(num_pages, config.page_size, config.prefix_caching)
         self.scheduler = Scheduler(
             self.pool,
@@ -108,7 +111,7 @@ class Engine:
         self._lookahead = device.type == "cuda" if config.lookahead is None else config.lookahead
         self._ahead: Launched | None = None  # the next step, on the device already
         self._probe = EffectProbe(self.base.model.config.vocab_size)
-        self._checks: dict[str, tuple[str, Future[Program]]] = {}  # call -> (digest, lowering)
+        self._checks: dict[str, tuple[messages.CheckAdapter, Future[Program]]] = {}  # by call
         self._drops: dict[str, Future[None]] = {}  # call -> drop
 
     def close(self) -> None:
@@ -128,7 +131,7 @@ class Engine:
                 case messages.Cancel(id=identifier):
                     self.scheduler.cancel(identifier)
                 case messages.CheckAdapter(call=call, folder=folder, digest=digest):
-                    self._checks[call] = (digest, self.residency.check(Path(folder), digest))
+                    self._checks[call] = (request, self.residency.check(Path(folder), digest))
                 case messages.DropAdapter(call=call, digest=digest):
                     self.pool.forget(digest)
                     self._drops[call] = self.residency.drop(digest)
@@ -175,6 +178,7 @@ class Engine:
             if following is not None:
                 self._ahead = self.runner.launch(following, current)
             items += self._apply(current)
+        items += self._refused()
         self._probe.observe(items)
         replies: list[messages.Reply] = self._finished_calls()
         visible = [item for item in items if not self._probe.owns(item.id)]
@@ -194,6 +198,11 @@ class Engine:
             )
             items.append(SequenceOutput(id=sequence.id, error=to_wire(error)))
         return items
+
+    def _refused(self) -> list[SequenceOutput]:
+        """Sequences that planning found to be too long with the virtual tokens of their adapters."""
+        refused, self.scheduler.refused = self.scheduler.refused, []
+        return [SequenceOutput(id=sequence.id, error=to_wire(error)) for sequence, error in refused]
 
     def _apply(self, launched: Launched) -> list[SequenceOutput]:
         """Wait for a step and move its sequences forward; those taken out since it was planned are skipped."""
@@ -243,17 +252,23 @@ class Engine:
     def _finished_calls(self) -> list[messages.Reply]:
         """Answers to checks and drops that ended since the last step."""
         replies: list[messages.Reply] = []
-        for call, (digest, future) in list(self._checks.items()):
+        for call, (asked, future) in list(self._checks.items()):
             if not future.done():
                 continue
             try:
                 program = future.result()
                 if self._probe.start(call):
-                    for request in self._probe.requests(call, digest):
+                    for request in self._probe.requests(call, asked.digest, program.invocation):
                         self._submit(request)
                 elif self._probe.done(call):
                     effect = self._probe.take(call)
-                    replies.append(AdapterChecked(call=call, info=self._describe(program, effect)))
+                    ineffective = why_ineffective(program, effect)
+                    if ineffective and not asked.allow_ineffective:
+                        raise AdapterRefused(
+                            f"{ineffective}. To take it all the same send allow_ineffective=true."
+                        )
+                    info = self._describe(program, effect, ineffective)
+                    replies.append(AdapterChecked(call=call, info=info))
                     del self._checks[call]
             except VeneerError as error:
                 self._probe.discard(call)
@@ -265,19 +280,18 @@ class Engine:
                 del self._drops[call]
         return replies
 
-    def _describe(self, program: Program, effect: float) -> AdapterInfo:
-        warnings = list(program.warnings)
-        if program.is_identity:
-            warnings.append("the adapter changes nothing: its low-rank products and biases are all zero")
+    def _describe(self, program: Program, effect: float, ineffective: str | None) -> AdapterInfo:
         return AdapterInfo(
             kind=program.kind,
             primitives=list(program.primitives),
             rank=program.rank,
             sites=len(program.sites),
             bytes=program.num_elements * self.base.dtype.itemsize,
+            portability=program.portability,
+            virtual_tokens=0 if program.prompt is None else program.prompt.tokens,
             base_model=program.base_model,
             effect=effect,
-            warnings=warnings,
+            warnings=[*program.warnings, *([ineffective] if ineffective else [])],
         )
 
     # ---- sizes ----------------------------------------------------------------------------------

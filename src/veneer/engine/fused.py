@@ -64,7 +64,10 @@ class HeadNorms:
 
 
 class FusedLayer(nn.Module):
-    """A decoder layer of Llama's form. Steps that ask for it, or have no tables, run `plain` instead."""
+    """A decoder layer of Llama's form.
+
+    Steps that ask for it, have no tables, or in which an adapter changes the base's input or output run `plain`.
+    """
 
     def __init__(self, plain: Any, context: StepContext) -> None:
         """Raises NotFusable."""
@@ -88,7 +91,8 @@ class FusedLayer(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, **inputs: Any) -> torch.Tensor:
         """[1, rows, hidden] -> the same, with the arguments of transformers' layer."""
-        if not self.step.fused or self.step.rows is None:
+        rows = self.step.rows
+        if not self.step.fused or rows is None or rows.transformed:
             found: torch.Tensor = self.plain(hidden_states, **inputs)
             return found
         cos, sin = inputs["position_embeddings"]

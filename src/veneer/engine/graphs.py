@@ -1,6 +1,6 @@
 """CUDA graphs of steps: one forward, replayed without Python. Decode steps and mixed ones have each their own.
 
-A decode graph is captured for each bucket of rows, with and without adapters: every row is a sequence. A mixed
+A decode graph is captured for each bucket of rows and each `Variant`: every row is a sequence. A mixed
 graph takes prompt chunks, too: a bucket of rows in all, cut anyhow among up to as many sequences as may run.
 Which tokens, adapters, pages and lengths a step has is only content of one static buffer, filled by one copy a
 step, so one graph replays any mix. Rows that pad a bucket write to and read from a page set aside for them.
@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from enum import IntEnum
 from itertools import chain, cycle, groupby
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from veneer.engine.base import Base
 from veneer.engine.scheduler import Scheduled
 from veneer.kernels.attention import PagedBatch
 from veneer.kernels.low_rank import choose_tile_rows, fill_tiles, tile_capacity, view_tiles
-from veneer.kernels.tables import BASE_SLOT, Segment
+from veneer.kernels.tables import BASE_SLOT, RowTiles, Segment
 
 _WARM_UPS = 2  # the first compiles the kernels
 MIXED_BUCKETS = (128, 256, 512, 1024)  # with more rows the GPU is busy for longer than the host
@@ -37,16 +38,40 @@ def buckets_up_to(max_batch: int) -> list[int]:
     return [*small, *range(16, max_batch, 16), max_batch]
 
 
-def segments_of(planned: Rows[Scheduled], counts: Rows[int]) -> list[Segment]:
-    """Neighbouring rows of one adapter or of the base; `counts` are the rows of each item, sorted by slot."""
+def segments_of(planned: Rows[Scheduled]) -> list[Segment]:
+    """Neighbouring rows of one adapter or of the base, of items sorted by slot.
+
+    Where an adapter begins to act within an item, rows of the base lie between those of adapters.
+    """
+    parts = []
+    for item in planned:
+        before = item.base_rows
+        parts += [(BASE_SLOT, before), (item.slot, item.count - before)]
+    return _merge([(slot, rows) for slot, rows in parts if rows])
+
+
+def head_segments_of(planned: Rows[Scheduled]) -> list[Segment]:
+    """The same of the items' last rows alone."""
+    return _merge([(item.slot, 1) for item in planned])
+
+
+def _merge(parts: Rows[tuple[int, int]]) -> list[Segment]:
+    """Segments of neighbours (slot, rows)."""
     segments = []
     row = 0
-    pairs = zip(planned, counts, strict=True)
-    for slot, group in groupby(pairs, key=lambda pair: pair[0].sequence.slot):
+    for slot, group in groupby(parts, key=lambda part: part[0]):
         rows = sum(count for _, count in group)
         segments.append(Segment(slot, row, row + rows))
         row += rows
     return segments
+
+
+class Variant(IntEnum):
+    """What a graph does for adapters. Each does what those before it do."""
+
+    BASE = 0
+    ADAPTED = 1
+    TRANSFORMED = 2  # turns inputs and scales outputs, too: `RowTiles.transformed`
 
 
 class TableSizes(NamedTuple):
@@ -114,7 +139,7 @@ class HostTables:
         lengths[: len(planned)] = [item.start + item.count for item in planned]
         lengths[len(planned) : sequences] = 1
         self._fill_rows(planned, np.array(counts, np.int64), bucket, previous)
-        fill_tiles(self._tiles, segments_of(planned, counts), tile_rows)
+        fill_tiles(self._tiles, segments_of(planned), tile_rows)
         return used
 
     def fill_chunks(self, planned: Rows[Scheduled], sequences: int, tile_rows: int) -> None:
@@ -126,7 +151,7 @@ class HostTables:
         last_rows[: len(samples)] = starts[1:][samples] - 1
         last_rows[len(samples) : sequences] = 0
         heads = [planned[index] for index in samples]
-        fill_tiles(self._head_tiles, segments_of(heads, [1] * len(heads)), tile_rows)
+        fill_tiles(self._head_tiles, head_segments_of(heads), tile_rows)
 
     def copy_to(self, device: StepTables, used: int) -> None:
         """Start the copy of the first `used` elements."""
@@ -168,6 +193,11 @@ class HostTables:
         self._rows[:ROW_FIELDS, rows:bucket] = [[0], [0], [self._scratch[0] * size], [-1]]
 
 
+def _view(block: torch.Tensor, variant: Variant, tile_rows: int) -> RowTiles:
+    adapted, transformed = variant >= Variant.ADAPTED, variant >= Variant.TRANSFORMED
+    return view_tiles(block, (), adapted, tile_rows, transformed)
+
+
 @dataclass(frozen=True)
 class _Captured:
     graph: torch.cuda.CUDAGraph
@@ -186,9 +216,9 @@ class StepGraphs(ABC):
         sizes: TableSizes,
         page_size: int,
         scratch_page: int,
-        variants: tuple[bool, ...],
+        variants: tuple[Variant, ...],
     ) -> None:
-        """Allocate the static buffers. `variants`: whether a graph has adapters, with each True or False.
+        """Allocate the static buffers. `variants` are in order.
 
         `tokens` (int64) is where each step finds the tokens of the step before and leaves the likeliest ones of
         its own; `scratch_page` is a page that no sequence ever has.
@@ -198,7 +228,7 @@ class StepGraphs(ABC):
         self._tokens = tokens
         self._buckets = buckets
         self._variants = variants
-        self._captured: dict[tuple[int, bool], _Captured] = {}
+        self._captured: dict[tuple[int, Variant], _Captured] = {}
         device = base.device
         self._tables = StepTables(sizes, device=device, pin=False)
         cpu, pin = torch.device("cpu"), device.type == "cuda"
@@ -217,8 +247,8 @@ class StepGraphs(ABC):
         """Capture every bucket, largest first, so that the smaller ones reuse its memory. Returns how many."""
         for bucket in reversed(self._buckets):
             self._fill([], bucket, None)
-            for adapted in self._variants:
-                self._captured[bucket, adapted] = self._capture(bucket, adapted, pool)
+            for variant in self._variants:
+                self._captured[bucket, variant] = self._capture(bucket, variant, pool)
         return len(self._captured)
 
     @torch.inference_mode()
@@ -231,12 +261,22 @@ class StepGraphs(ABC):
         rows = sum(item.count for item in planned)
         bucket = next(size for size in self._buckets if size >= rows)
         self._fill(planned, bucket, previous)
-        adapted = any(item.sequence.slot != BASE_SLOT for item in planned)
-        captured = self._captured[bucket, adapted if adapted in self._variants else True]
+        variant = self._variant(planned)
+        assert variant is not None  # `fits` says so
+        captured = self._captured[bucket, variant]
         captured.graph.replay()
         self.replays += 1
         count = sum(item.samples for item in planned)
         return captured.logits[:count], captured.ids[:count]
+
+    def _variant(self, planned: Rows[Scheduled]) -> Variant | None:
+        """The least that does what these need, if it is captured."""
+        tables = self._base.context.tables
+        slots = {item.slot for item in planned}
+        need = Variant.BASE if slots <= {BASE_SLOT} else Variant.ADAPTED
+        if tables is not None and not slots.isdisjoint(tables.transforms):
+            need = Variant.TRANSFORMED
+        return next((variant for variant in self._variants if variant >= need), None)
 
     def _fill(self, planned: Rows[Scheduled], bucket: int, previous: Rows[int] | None) -> None:
         host = next(self._hosts)
@@ -250,15 +290,15 @@ class StepGraphs(ABC):
         """Write a step; returns how many elements of the buffer it needs."""
 
     @abstractmethod
-    def _bind(self, bucket: int, adapted: bool) -> None:
+    def _bind(self, bucket: int, variant: Variant) -> None:
         """Let the layers read the static tables."""
 
     def _last_rows(self) -> torch.Tensor | None:
         """Rows that have logits, int64; None for all."""
         return None
 
-    def _capture(self, bucket: int, adapted: bool, pool: Any) -> _Captured:
-        self._bind(bucket, adapted)
+    def _capture(self, bucket: int, variant: Variant, pool: Any) -> _Captured:
+        self._bind(bucket, variant)
         stream = torch.cuda.Stream(self._base.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._base.device))
         with torch.cuda.stream(stream):
@@ -300,18 +340,21 @@ class DecodeGraphs(StepGraphs):
         max_pages: int,
         max_batch: int,
         slots: int,
+        transforms: bool = True,
     ) -> None:
-        """As for `StepGraphs`; `max_pages` of a sequence, `slots` of adapters."""
+        """As for `StepGraphs`; `max_pages` of a sequence, `slots` of adapters; with `transforms` every variant."""
         self._slots = slots
         self._tile_rows = choose_tile_rows(max_batch)
         sizes = TableSizes(DECODE_FIELDS, max_batch, self._tile_entries(max_batch), 0, max_batch, max_pages)
         buckets = buckets_up_to(max_batch)
-        super().__init__(base, tokens, buckets, sizes, page_size, scratch_page, (False, True))
+        variants = tuple(Variant) if transforms else (Variant.BASE, Variant.ADAPTED)
+        super().__init__(base, tokens, buckets, sizes, page_size, scratch_page, variants)
         self._query_start = torch.arange(max_batch + 1, dtype=torch.int32, device=base.device)
 
     def fits(self, planned: Rows[Scheduled]) -> bool:
         one_row_each = all(item.count == 1 and item.samples for item in planned)
-        return one_row_each and len(planned) <= self._buckets[-1]
+        fits = one_row_each and len(planned) <= self._buckets[-1]
+        return fits and self._variant(planned) is not None
 
     def _fill_host(
         self, host: HostTables, planned: Rows[Scheduled], bucket: int, previous: Rows[int] | None
@@ -321,11 +364,10 @@ class DecodeGraphs(StepGraphs):
     def _tile_entries(self, bucket: int) -> int:
         return 1 + tile_capacity(bucket, self._slots, self._tile_rows)
 
-    def _bind(self, bucket: int, adapted: bool) -> None:
+    def _bind(self, bucket: int, variant: Variant) -> None:
         step, tables = self._base.context, self._tables
-        step.rows = step.head_rows = view_tiles(
-            tables.tiles[: self._tile_entries(bucket)], (), adapted, self._tile_rows
-        )
+        tiles = tables.tiles[: self._tile_entries(bucket)]
+        step.rows = step.head_rows = _view(tiles, variant, self._tile_rows)
         step.batch = PagedBatch(
             query_start=self._query_start[: bucket + 1],
             kv_len=tables.rows[LENGTHS, :bucket],
@@ -365,11 +407,20 @@ class MixedGraphs(StepGraphs):
             self._sequences,
             max_pages,
         )
-        super().__init__(base, tokens, buckets, sizes, page_size, scratch_page, (True,))
+        variants = (Variant.ADAPTED, Variant.TRANSFORMED)
+        super().__init__(base, tokens, buckets, sizes, page_size, scratch_page, variants)
 
     def fits(self, planned: Rows[Scheduled]) -> bool:
         rows = sum(item.count for item in planned)
-        return rows <= self._buckets[-1] and len(planned) <= self._sequences
+        if rows > self._buckets[-1] or len(planned) > self._sequences:
+            return False
+        if not any(0 < item.base_rows < item.count for item in planned):
+            return True
+        # The tables are sized for one segment of each adapter; a beginning of one makes up to two more.
+        bucket = next(size for size in self._buckets if size >= rows)
+        height = choose_tile_rows(bucket)
+        tiles = sum(-(-(stop - start) // height) for _, start, stop in segments_of(planned))
+        return tiles < self._tile_entries(bucket)
 
     def _fill_host(
         self, host: HostTables, planned: Rows[Scheduled], bucket: int, previous: Rows[int] | None
@@ -383,11 +434,11 @@ class MixedGraphs(StepGraphs):
     def _last_rows(self) -> torch.Tensor:
         return self._tables.rows[LAST_ROWS, : self._sequences].long()
 
-    def _bind(self, bucket: int, adapted: bool) -> None:
+    def _bind(self, bucket: int, variant: Variant) -> None:
         step, tables, count = self._base.context, self._tables, self._sequences
         tiles = tables.tiles[: self._tile_entries(bucket)]
-        step.rows = view_tiles(tiles, (), adapted, choose_tile_rows(bucket))
-        step.head_rows = view_tiles(tables.head_tiles, (), adapted, self._head_tile_rows)
+        step.rows = _view(tiles, variant, choose_tile_rows(bucket))
+        step.head_rows = _view(tables.head_tiles, variant, self._head_tile_rows)
         step.batch = PagedBatch(
             query_start=tables.rows[QUERY_START, : count + 1],
             kv_len=tables.rows[LENGTHS, :count],

@@ -15,9 +15,11 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
+from veneer.engine.packed import FusedPart
 from veneer.kernels.attention import PagedBatch, paged_attention, write_kv
 from veneer.kernels.low_rank import Workspace, low_rank
 from veneer.kernels.tables import AdapterTables, RowTiles
+from veneer.kernels.transform import transform_input, transform_output
 
 ATTENTION_NAME = "veneer_paged"
 
@@ -36,7 +38,9 @@ class StepContext:
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen linear layer of the base, plus each row's own adapter.
+    """A frozen linear layer of the base with each row's own adapter: y = OUT(W0 x' + b) + B^T (A x) + beta.
+
+    adapters/program.py says what x' and OUT are; A reads the x that came in.
 
     Attributes:
         base: the layer as loaded (nn.Linear, or bitsandbytes' 4- or 8-bit layer); y = W0 x + b.
@@ -55,20 +59,29 @@ class AdaptedLinear(nn.Module):
         return self.base.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.base(x)
         rows = self.step.head_rows if self.is_head else self.step.rows
-        if rows is not None and rows.adapted:
-            assert self.step.tables is not None  # the runner sets all three
-            assert self.step.workspace is not None
-            low_rank(
-                x.reshape(-1, x.shape[-1]),
-                y.view(-1, y.shape[-1]),
-                self.step.tables,
-                rows,
-                self.site,
-                self.step.workspace,
-            )
+        if rows is None or not rows.adapted:
+            plain: torch.Tensor = self.base(x)
+            return plain
+        tables, workspace = self.step.tables, self.step.workspace
+        assert tables is not None  # the runner sets all three
+        assert workspace is not None
+        turned, scaled = tables.transform_at(rows.segments, self.site) if rows.transformed else (False, False)
+        flat = x.reshape(-1, x.shape[-1])
+        y = self._turned(flat, tables, rows).view(*x.shape[:-1], -1) if turned else self.base(x)
+        out: torch.Tensor = y.view(-1, y.shape[-1])
+        if scaled:
+            transform_output(out, tables, rows, self.site)
+        low_rank(flat, out, tables, rows, self.site, workspace)
         return y
+
+    def _turned(self, x: torch.Tensor, tables: AdapterTables, rows: RowTiles) -> torch.Tensor:
+        """W0 x' + b [rows, out]."""
+        turned = transform_input(x.contiguous(), tables, rows, self.site)
+        found: torch.Tensor = (
+            self.base.alone(turned) if isinstance(self.base, FusedPart) else self.base(turned)
+        )
+        return found
 
 
 def paged_attention_forward(

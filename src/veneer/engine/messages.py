@@ -47,11 +47,15 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
 
 
 class CheckAdapter(msgspec.Struct, frozen=True, tag=True):
-    """Lower the adapter in `folder` and keep the result under `digest`. Answered by `AdapterChecked`."""
+    """Lower the adapter in `folder` and keep the result under `digest`. Answered by `AdapterChecked`.
+
+    One that does not change the output of a fixed prompt is refused unless `allow_ineffective`.
+    """
 
     call: str
     folder: str
     digest: str
+    allow_ineffective: bool = False
 
 
 class DropAdapter(msgspec.Struct, frozen=True, tag=True):
@@ -158,6 +162,8 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     rank: int  # the largest rank over its sites
     sites: int
     bytes: int  # on the device, in the engine's dtype
+    portability: str = "independent"  # of the base's weights, or "proportional" to them
+    virtual_tokens: int = 0  # in front of each prompt: they take positions and KV cache
     base_model: str = ""  # what the config calls its base
     effect: float | None = None  # largest change of a log probability of the probe prompt
     warnings: list[str] = []

@@ -7,7 +7,10 @@ resident once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,6 +20,8 @@ from veneer.kernels.backend import resolve
 from veneer.kernels.nf4 import choose, nf4_matmul, nf4_planes
 from veneer.kernels.nf4_layout import (
     BLOCK,
+    ROW_PADDING,
+    TILE_ROWS,
     Nf4Codes,
     Nf4Weight,
     pack_nf4,
@@ -45,6 +50,18 @@ class PackedLinear(nn.Module):
         bias: Any = self.bias
         y = nf4_matmul(x.reshape(-1, self.in_features), self._weight, bias)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def narrow(self, start: int, stop: int) -> PackedLinear | None:
+        """Its output features from `start` to `stop`, in the same memory; None unless they are whole tiles."""
+        if start % ROW_PADDING or (stop % ROW_PADDING and stop < self.out_features):
+            return None
+        weight = self._weight
+        bias: Any = self.bias
+        tiles = slice(start // TILE_ROWS, -(-stop // ROW_PADDING) * ROW_PADDING // TILE_ROWS)
+        part = replace(
+            weight, packed=weight.packed[tiles], scales=weight.scales[tiles], out_features=stop - start
+        )
+        return PackedLinear(part, None if bias is None else bias[start:stop])
 
     def parts(self, x: torch.Tensor) -> torch.Tensor:
         """x W^T [rows, N], without bias, as what adds up to it: [splits, rows, N].
@@ -75,6 +92,19 @@ class DequantizingLinear(nn.Module):
         dequantize = torch.ops.bitsandbytes.dequantize_4bit
         return nn.functional.linear(x, dequantize(self.data, self.absmax, BLOCK, "nf4", shape, x.dtype), bias)
 
+    def narrow(self, start: int, stop: int) -> DequantizingLinear:
+        """Its output features from `start` to `stop`, in the same memory."""
+        codes, blocks = self.in_features // 2, self.in_features // BLOCK  # of a row
+        data: Any = self.data
+        absmax: Any = self.absmax
+        bias: Any = self.bias
+        return DequantizingLinear(
+            data[start * codes : stop * codes],
+            absmax[start * blocks : stop * blocks],
+            (stop - start, self.in_features),
+            None if bias is None else bias[start:stop],
+        )
+
 
 class FusedPart(nn.Module):
     """One of several linears with the same input: the first computes all, each returns its columns."""
@@ -90,6 +120,10 @@ class FusedPart(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.group.part(x, self.index)
+
+    def alone(self, x: torch.Tensor) -> torch.Tensor:
+        """The same for an x that the other parts do not get."""
+        return self.group.alone(x, self.index)
 
     @property
     def group(self) -> FusedGroup:
@@ -110,9 +144,24 @@ class FusedGroup:
         if self._x is not x:
             self._x, self._parts = x, self.whole(x).split(self.sizes, dim=-1)
         found = self._parts[index]
+        self._end(index)
+        return found
+
+    def alone(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """Output of linear `index` for an x of its own: only its rows are read where the layout allows."""
+        own = self._narrowed[index]
+        self._end(index)
+        found: torch.Tensor = self.whole(x).split(self.sizes, dim=-1)[index] if own is None else own(x)
+        return found
+
+    def _end(self, index: int) -> None:
         if index == len(self.sizes) - 1:
             self._x, self._parts = None, ()
-        return found
+
+    @functools.cached_property
+    def _narrowed(self) -> list[Linear | None]:
+        stops = list(accumulate(self.sizes))
+        return [self.whole.narrow(stop - size, stop) for stop, size in zip(stops, self.sizes, strict=True)]
 
     def is_made_of(self, modules: Sequence[nn.Module]) -> bool:
         """Whether these are all its parts, in order."""

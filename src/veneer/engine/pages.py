@@ -6,9 +6,12 @@ Counts only; the keys and values themselves lie in the runner's tensors. A page 
     used    by one or more sequences (reference count); its content may also be cached
     idle    nobody uses it, but its content is cached; taken when no page is free, least recently used first
 
-A full page is cached under a key chained over everything before it: blake2b(parent key, token ids); the first
-parent is made of the adapter's digest. Keys and values depend on nothing else, so names never matter and no
-adapter sees another's pages.
+A full page is cached under a key chained over everything before it: blake2b(parent key, token ids). Into the
+parent of the first page on which the adapter acts go its digest and the place in the page from which on it does:
+another prompt can have the same tokens there and be invoked elsewhere. Keys and values depend on nothing else, so
+names never matter, no adapter sees another's pages, and those before the invocation are the base's. Pages of
+virtual tokens, which all sequences of an adapter begin with, are always
+cached, those of other tokens only with prefix caching.
 """
 
 from __future__ import annotations
@@ -76,12 +79,11 @@ class PagePool:
     def lookup(self, sequence: Sequence) -> list[int]:
         """The pages of the longest cached prefix that leaves at least one token to compute."""
         pages: list[int] = []
-        if self.prefix_caching:
-            for index in range((len(sequence.tokens) - 1) // self.page_size):
-                page = self._page_of.get(self._key(sequence, index))
-                if page is None:
-                    break
-                pages.append(page)
+        for index in range(self._cacheable(sequence, len(sequence.tokens) - 1)):
+            page = self._page_of.get(self._key(sequence, index))
+            if page is None:
+                break
+            pages.append(page)
         return pages
 
     def register(self, sequence: Sequence, start: int) -> None:
@@ -89,13 +91,12 @@ class PagePool:
 
         When another sequence has filled an identical page first, that one stays the cached one.
         """
-        if not self.prefix_caching:
-            return
-        for index in range(start // self.page_size, sequence.num_computed // self.page_size):
+        for index in range(start // self.page_size, self._cacheable(sequence, sequence.num_computed)):
             key, page = self._key(sequence, index), sequence.pages[index]
             if key not in self._page_of:
                 self._page_of[key] = page
-                self._cached[page] = key, sequence.adapter
+                acts = (index + 1) * self.page_size > sequence.active_from
+                self._cached[page] = key, sequence.adapter if acts else None
 
     def forget(self, adapter: str) -> None:
         """Drop everything cached for a deleted adapter. Sequences that use such pages keep them."""
@@ -105,6 +106,12 @@ class PagePool:
                 del self._idle[page]
                 self._free.append(page)
 
+    def _cacheable(self, sequence: Sequence, computed: int) -> int:
+        """How many pages that are full when `computed` tokens are computed may be cached."""
+        if not self.prefix_caching:
+            computed = min(computed, sequence.num_virtual or 0)
+        return computed // self.page_size
+
     def _reuse_prefix(self, sequence: Sequence) -> None:
         sequence.pages = self.lookup(sequence)
         for page in sequence.pages:
@@ -112,10 +119,11 @@ class PagePool:
             self._idle.pop(page, None)
         sequence.num_computed = len(sequence.pages) * self.page_size
         if sequence.preemptions == 0:  # a resumed sequence finds its own pages, which is no merit
-            sequence.num_cached = sequence.num_computed
+            virtual = sequence.num_virtual or 0
+            sequence.num_cached = max(sequence.num_computed - virtual, 0)
             if self.prefix_caching:
-                self.query_tokens += len(sequence.tokens)
-                self.hit_tokens += sequence.num_computed
+                self.query_tokens += len(sequence.tokens) - virtual
+                self.hit_tokens += sequence.num_cached
 
     def _take(self) -> int:
         if self._free:
@@ -134,8 +142,11 @@ class PagePool:
         """The key of the sequence's full page `index`. Kept on the sequence: its tokens never change."""
         keys = sequence.page_keys
         while len(keys) <= index:
-            parent = keys[-1] if keys else blake2b((sequence.adapter or "").encode(), digest_size=32).digest()
             start = len(keys) * self.page_size
+            parent = keys[-1] if keys else b""
+            at = sequence.active_from - start
+            if sequence.adapter is not None and 0 <= at < self.page_size:
+                parent = blake2b(parent + f"{at} {sequence.adapter}".encode(), digest_size=32).digest()
             page = array("q", sequence.tokens[start : start + self.page_size])
             keys.append(blake2b(parent + page.tobytes(), digest_size=32).digest())
         return keys[index]

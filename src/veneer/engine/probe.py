@@ -6,12 +6,22 @@ been loaded to the device and served once.
 
 from __future__ import annotations
 
+from veneer.adapters.program import Program
 from veneer.engine.messages import Generate, SamplingParams, SequenceOutput, TokenLogprobs, WireError
 from veneer.errors import from_wire
 
 PROBE_LENGTH = 8  # tokens
 PROBE_TOP = 20  # log probabilities compared
 _PREFIX = "probe/"
+
+
+def why_ineffective(program: Program, effect: float) -> str | None:
+    """Why an adapter with this `effect` on the probe's prompt (`take`) does nothing; None when it acts."""
+    if program.is_identity:
+        return "the adapter changes nothing: its numbers cannot move any output, as before training"
+    if effect == 0:
+        return "the adapter changes nothing: with it a fixed prompt is answered exactly as by the base"
+    return None
 
 
 class EffectProbe:
@@ -30,11 +40,16 @@ class EffectProbe:
         self._results[call] = {}
         return True
 
-    def requests(self, call: str, digest: str) -> list[Generate]:
-        """The two sequences to run."""
+    def requests(self, call: str, digest: str, invocation: tuple[int, ...] = ()) -> list[Generate]:
+        """The two sequences to run. Their prompt ends with the adapter's invocation, if it needs one."""
         params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=PROBE_TOP, ignore_eos=True)
         return [
-            Generate(id=f"{_PREFIX}{call}/{who}", prompt=self._prompt, sampling=params, adapter=adapter)
+            Generate(
+                id=f"{_PREFIX}{call}/{who}",
+                prompt=[*self._prompt, *invocation],
+                sampling=params,
+                adapter=adapter,
+            )
             for who, adapter in (("base", None), ("adapter", digest))
         ]
 

@@ -1,7 +1,8 @@
 """Runs one planned batch through the base: builds the step's tables, one forward, samples.
 
-Rows are sorted by adapter slot, so that each adapter's rows are neighbours; base rows come first. On a GPU
-`Runner.launch` only queues the work, and a step can be launched on tokens that the one before has yet to choose.
+Sequences are sorted by adapter slot, so that each adapter's rows are neighbours; those of the base come first.
+On a GPU `Runner.launch` only queues the work, and a step can be launched on tokens that the one before has yet
+to choose.
 """
 
 from __future__ import annotations
@@ -19,13 +20,21 @@ from numpy.typing import ArrayLike
 
 from veneer.adapters.residency import Residency
 from veneer.engine.base import Base
-from veneer.engine.graphs import MIXED_BUCKETS, DecodeGraphs, MixedGraphs, StepGraphs, segments_of
+from veneer.engine.graphs import (
+    MIXED_BUCKETS,
+    DecodeGraphs,
+    MixedGraphs,
+    StepGraphs,
+    head_segments_of,
+    segments_of,
+)
 from veneer.engine.messages import TokenLogprobs
 from veneer.engine.sampling import Sampled, SamplingRow, sample, upload
 from veneer.engine.scheduler import Batch, Scheduled
+from veneer.engine.virtual_tokens import VirtualTokens
 from veneer.kernels.attention import PagedBatch
 from veneer.kernels.low_rank import Workspace, make_tiles
-from veneer.kernels.tables import RowTiles
+from veneer.kernels.tables import RowTiles, Segment
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +111,7 @@ class Runner:
         # One page more than the pool knows of: rows that pad a captured graph use it.
         self._step.kv_cache = allocate_kv(base, num_pages + 1, page_size)
         self._scratch_page = num_pages
+        self._virtual_tokens = VirtualTokens(base, residency, page_size, max_rows)
         self.graphs: DecodeGraphs | None = None
         self.mixed_graphs: MixedGraphs | None = None
         self._slots = tables.entries.shape[0]
@@ -109,8 +119,12 @@ class Runner:
         # The tokens that the last step sampled, in the order of its rows. Static, for graphs.
         self._tokens = torch.zeros(max_rows, dtype=torch.int64, device=base.device)
 
-    def capture_graphs(self, max_batch: int, max_model_len: int) -> None:
-        """From here on, steps of decode rows alone, and others that are not too large, replay CUDA graphs."""
+    def capture_graphs(self, max_batch: int, max_model_len: int, everything: bool) -> None:
+        """From here on, steps of decode rows alone replay CUDA graphs.
+
+        With `everything` also those with adapters that transform inputs or outputs, and mixed steps of up to
+        1024 rows.
+        """
         started = time.monotonic()
         sizes: dict[str, int] = {
             "page_size": self.page_size,
@@ -121,9 +135,11 @@ class Runner:
         }
         pool = torch.cuda.graph_pool_handle()
         mixed = None
-        if self._max_rows >= MIXED_BUCKETS[0]:  # they come first, because they need the most memory
+        if (
+            everything and self._max_rows >= MIXED_BUCKETS[0]
+        ):  # they come first, because they need the most memory
             mixed = MixedGraphs(self.base, self._tokens, max_rows=self._max_rows, **sizes)
-        graphs = DecodeGraphs(self.base, self._tokens, **sizes)
+        graphs = DecodeGraphs(self.base, self._tokens, **sizes, transforms=everything)
         counts = [0 if family is None else family.capture(pool) for family in (mixed, graphs)]
         torch.cuda.synchronize(self.base.device)
         logger.info(
@@ -139,7 +155,8 @@ class Runner:
 
         With `previous`, the launch before this one, all rows go on from its tokens, which only the device knows.
         """
-        planned = sorted(batch.items, key=lambda item: item.sequence.slot)
+        self._virtual_tokens.write(batch.items)
+        planned = sorted(batch.items, key=lambda item: item.slot)
         pending = None if previous is None else [previous.rows[item.sequence.id] for item in planned]
         graphs = self._graphs_for(planned)
         if graphs is not None:
@@ -182,9 +199,9 @@ class Runner:
             query_lens=counts,
             kv_lens=[item.start + item.count for item in planned],
         )
-        step.rows = self._tiles(planned, counts)
+        step.rows = self._tiles(segments_of(planned), sum(counts))
         sampling = [item for item in planned if item.samples]
-        step.head_rows = self._tiles(sampling, [1] * len(sampling))
+        step.head_rows = self._tiles(head_segments_of(sampling), len(sampling))
         out = self.base.model(
             input_ids=ids.unsqueeze(0),
             position_ids=packed.positions.long().unsqueeze(0),
@@ -226,12 +243,15 @@ class Runner:
         packed = upload(np.concatenate(arrays), np.int32, self.base.device)
         return _Packed(*torch.split(packed, [array.size for array in arrays]))
 
-    def _tiles(self, planned: Rows[Scheduled], counts: Rows[int]) -> RowTiles:
-        return make_tiles(segments_of(planned, counts), sum(counts), self._slots, self.base.device)
+    def _tiles(self, segments: Rows[Segment], rows: int) -> RowTiles:
+        transformed = self._step.tables is not None and self._step.tables.transform(segments)
+        return make_tiles(segments, rows, self._slots, self.base.device, transformed)
 
     def _sampling_row(self, item: Scheduled) -> SamplingRow:
         sequence = item.sequence
         p = sequence.sampling
+        tokens = sequence.own_tokens
+        num_prompt = sequence.num_prompt_tokens - (sequence.num_virtual or 0)
         position = item.start + item.count - sequence.num_prompt_tokens
         forbidden = [*self.base.eos_token_ids, *p.stop_token_ids] if position < p.min_tokens else []
-        return SamplingRow(p, sequence.tokens, sequence.num_prompt_tokens, position, forbidden)
+        return SamplingRow(p, tokens, num_prompt, position, forbidden)

@@ -4,6 +4,10 @@
 planned ahead, before the one it follows is committed (`schedule_ahead`); `schedule`, and with it preemption,
 comes only when all that was planned is committed. Imports no torch.
 
+Virtual tokens of an adapter are tokens at the front of its sequences that need no computing: they take pages and
+positions, and their keys and values are copied from the adapter (`Scheduled.lead`). An adapter with invocation
+tokens acts on a sequence from a position of its prompt on (`Sequence.active_from`); rows before it are the base's.
+
 Everything goes in order of arrival, which a preempted sequence keeps: the earliest sequence always gets on, and
 each becomes the earliest in its turn. Only a lack of adapter slots lets others pass, and not for ever: after
 `slot_patience` the adapter whose slot was held longest must yield.
@@ -38,6 +42,12 @@ class AdapterGate(Protocol):
     def acquire(self, digest: str) -> int | None:
         """Ask for the adapter, and when it is resident count a user and return its slot."""
 
+    def virtual_tokens(self, digest: str) -> int:
+        """How many virtual tokens an adapter that was acquired has."""
+
+    def invocation(self, digest: str) -> tuple[int, ...]:
+        """The tokens from which on an adapter that was acquired acts; none when it always does."""
+
     def release(self, digest: str) -> None:
         """One user less."""
 
@@ -56,6 +66,17 @@ class Scheduled:
     start: int
     count: int
     samples: bool  # the last token is among them, so the next one is sampled
+    lead: int = 0  # virtual tokens right before `start` whose keys and values must be copied first
+
+    @property
+    def base_rows(self) -> int:
+        """How many of its first rows come before the adapter acts."""
+        return min(max(self.sequence.active_from - self.start, 0), self.count)
+
+    @property
+    def slot(self) -> int:
+        """The slot that its last row uses, and all rows but the first `base_rows`; -1 = the base."""
+        return -1 if self.base_rows == self.count else self.sequence.slot
 
 
 @dataclass(frozen=True)
@@ -75,12 +96,12 @@ class _Hold:
     """An adapter whose slot sequences are using."""
 
     since: float
-    users: dict[Sequence, int] = field(default_factory=dict)  # -> its tokens when it got the slot
+    users: dict[Sequence, int] = field(default_factory=dict)  # -> its output tokens when it got the slot
 
     @property
     def has_advanced(self) -> bool:
         """Whether each user got a token for its time in the slot: if none did, yielding could go on for ever."""
-        return all(len(sequence.tokens) > before for sequence, before in self.users.items())
+        return all(sequence.num_output_tokens > before for sequence, before in self.users.items())
 
 
 class Scheduler:
@@ -110,6 +131,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # both in order of arrival
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self.refused: list[tuple[Sequence, InvalidRequest]] = []  # for the engine to take: `_prepare`
         self._by_id: dict[str, Sequence] = {}
         self._orders = count()
         self._holds: dict[str, _Hold] = {}  # longest held first
@@ -168,12 +190,12 @@ class Scheduler:
         items: list[Scheduled] = []
         budget = self.max_num_batched_tokens
 
-        def plan(sequence: Sequence) -> None:
+        def plan(sequence: Sequence, lead: int = 0) -> None:
             nonlocal budget
             chunk = min(sequence.num_uncomputed, budget)
             budget -= chunk
             samples = chunk == sequence.num_uncomputed
-            items.append(Scheduled(sequence, sequence.num_computed, chunk, samples))
+            items.append(Scheduled(sequence, sequence.num_computed, chunk, samples, lead))
 
         # All that run fit in the budget: they did in the step before, and at most one of them in part.
         for sequence in [s for s in self.running if s.num_uncomputed == 1]:
@@ -190,8 +212,7 @@ class Scheduler:
                 continue  # others need not wait for an adapter that is not there
             if not self.pool.can_allocate(sequence):
                 break  # smaller ones behind it would starve it; it keeps its slot meanwhile
-            self._start(sequence)
-            plan(sequence)
+            plan(sequence, self._start(sequence))
         return Batch(items)
 
     def schedule_ahead(self, batch: Batch) -> Batch | None:
@@ -217,7 +238,7 @@ class Scheduler:
             if not sequence.is_running:
                 continue  # taken out since the step was planned
             sequence.num_computed = item.start + item.count
-            self.pool.register(sequence, item.start)
+            self.pool.register(sequence, item.start - item.lead)
             if item.samples:
                 sequence.tokens.append(tokens[sequence.id])
 
@@ -251,14 +272,18 @@ class Scheduler:
         if len(self.running) >= self.max_num_seqs:
             return False
         before, self._absent = self._absent, set()
-        first = next((sequence for sequence in self.waiting if self._get_slot(sequence)), None)
+        first = next((sequence for sequence in list(self.waiting) if self._get_slot(sequence)), None)
         self._absent |= before  # `schedule` goes by those of its own attempts
         return first is not None and self.pool.can_allocate(first)
 
-    def _start(self, sequence: Sequence) -> None:
+    def _start(self, sequence: Sequence) -> int:
+        """Let a sequence run; returns how many of its virtual tokens are to be copied into its pages."""
         self.pool.allocate(sequence)
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=lambda s: s.order)
+        lead = max((sequence.num_virtual or 0) - sequence.num_computed, 0)
+        sequence.num_computed += lead
+        return lead
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue, to be recomputed from its tokens (from what the prefix cache keeps of them)."""
@@ -272,7 +297,10 @@ class Scheduler:
     # ---- slots ----------------------------------------------------------------------------------
 
     def _get_slot(self, sequence: Sequence) -> bool:
-        """Whether the sequence has what it needs of its adapter: a slot, or no adapter."""
+        """Whether the sequence has what it needs of its adapter: a slot, or no adapter.
+
+        Takes it out when it turns out to be too long with the adapter's virtual tokens.
+        """
         digest = sequence.adapter
         if digest is None or sequence.slot >= 0:
             return True
@@ -282,8 +310,21 @@ class Scheduler:
             self._turned_away.setdefault(digest, self.clock())
             return False
         sequence.slot = slot
-        self._holds.setdefault(digest, _Hold(self.clock())).users[sequence] = len(sequence.tokens)
+        self._holds.setdefault(digest, _Hold(self.clock())).users[sequence] = sequence.num_output_tokens
         self._turned_away.pop(digest, None)
+        return sequence.num_virtual is not None or self._prepare(sequence, digest)
+
+    def _prepare(self, sequence: Sequence, digest: str) -> bool:
+        """Apply what only an adapter on the device tells. False when the sequence is refused for it."""
+        sequence.lead_with(self.gate.virtual_tokens(digest))
+        if invocation := self.gate.invocation(digest):
+            sequence.invoke_by(invocation)
+        try:
+            self._check_length(sequence)
+        except InvalidRequest as error:
+            self.refused.append((sequence, error))
+            self._remove(sequence)
+            return False
         return True
 
     def _may_acquire(self, digest: str) -> bool:
@@ -351,13 +392,19 @@ class Scheduler:
         """Refuse what can never run: alone on the device, a sequence must be able to reach its end."""
         if sequence.id in self._by_id:
             raise InvalidRequest(f"request id {sequence.id!r} is in use; choose another", param="id")
-        prompt = sequence.num_prompt_tokens
-        if prompt == 0:
+        if sequence.num_prompt_tokens == 0:
             raise InvalidRequest("the prompt has no tokens; send at least one", param="prompt")
+        self._check_length(sequence)
+
+    def _check_length(self, sequence: Sequence) -> None:
+        prompt = sequence.num_prompt_tokens
+        virtual = (
+            f", {sequence.num_virtual} of them the adapter's virtual ones," if sequence.num_virtual else ""
+        )
         if prompt >= self.max_model_len:
             raise InvalidRequest(
-                f"the prompt has {prompt} tokens and the context holds {self.max_model_len}, at least one of "
-                "them generated; shorten the prompt",
+                f"the prompt has {prompt} tokens{virtual} and the context holds {self.max_model_len}, at least "
+                "one of them generated; shorten the prompt",
                 param="prompt",
                 code="context_length_exceeded",
             )
@@ -365,7 +412,7 @@ class Scheduler:
         room = self.pool.num_pages * self.pool.page_size
         if longest - 1 > room:  # the last token's keys and values are never needed
             raise InvalidRequest(
-                f"{prompt} prompt tokens and max_tokens {sequence.sampling.max_tokens} need a KV cache of "
+                f"{prompt} prompt tokens{virtual} and max_tokens {sequence.sampling.max_tokens} need a KV cache of "
                 f"{longest - 1} tokens and it holds {room}; shorten the prompt or lower max_tokens",
                 param="max_tokens",
                 code="context_length_exceeded",

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from veneer.kernels.backend import launch_options, resolve
 from veneer.kernels.low_rank import DECODE_TILE, PROGRAMS, Workspace
-from veneer.kernels.tables import ABSENT, BASE_SLOT, AdapterTables, RowTiles
+from veneer.kernels.tables import ABSENT, BASE_SLOT, RANK, AdapterTables, RowTiles
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -249,7 +249,7 @@ def _add_expanded(
     for slot, start, stop in tiles.segments:
         if slot == BASE_SLOT:
             continue
-        _, b_offset, bias_offset, rank = workspace.entries[slot, site].tolist()
+        _, b_offset, bias_offset, rank = workspace.entries[slot, site, : RANK + 1].tolist()
         if rank:
             b = torch.as_strided(tables.arena, (rank, width), (width, 1), b_offset)
             total[start:stop] += h[start:stop, :rank].float() @ b.float()

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from veneer.kernels.backend import launch_options, resolve
-from veneer.kernels.tables import ABSENT, ALIGNED, BASE_SLOT, AdapterTables, RowTiles, Segment
+from veneer.kernels.tables import ABSENT, ALIGNED, BASE_SLOT, RANK, AdapterTables, RowTiles, Segment
 
 GROUP_SITES = 3  # the most sites that share an input: q, k and v
 DECODE_TILE = 8  # rows; the fewest that a matrix unit takes
@@ -105,13 +105,21 @@ def fill_tiles(block: NDArray[np.int32], segments: Sequence[Segment], tile_rows:
         block[1 : len(used) + 1] = used
 
 
-def view_tiles(block: torch.Tensor, segments: Sequence[Segment], adapted: bool, tile_rows: int) -> RowTiles:
+def view_tiles(
+    block: torch.Tensor,
+    segments: Sequence[Segment],
+    adapted: bool,
+    tile_rows: int,
+    transformed: bool = False,
+) -> RowTiles:
     """The tiles that `fill_tiles` wrote, once they are on the device: views of `block`."""
-    return RowTiles(tuple(segments), block[1:], block[0, :1], adapted, tile_rows)
+    return RowTiles(tuple(segments), block[1:], block[0, :1], adapted, tile_rows, transformed)
 
 
-def make_tiles(segments: Sequence[Segment], rows: int, slots: int, device: torch.device) -> RowTiles:
-    """Cut segments into tiles, on `device` by one asynchronous copy.
+def make_tiles(
+    segments: Sequence[Segment], rows: int, slots: int, device: torch.device, transformed: bool = False
+) -> RowTiles:
+    """Cut segments into tiles, on `device` by one asynchronous copy. `transformed`: see `RowTiles`.
 
     The segments must cover rows 0 to `rows` in order, those of the base included; raises ValueError otherwise.
     """
@@ -119,11 +127,12 @@ def make_tiles(segments: Sequence[Segment], rows: int, slots: int, device: torch
     if [segment.start for segment in segments] != stops[:-1] or stops[-1] != rows:
         raise ValueError(f"segments {list(segments)} do not cover rows 0 to {rows} in order")
     tile_rows = choose_tile_rows(rows)
-    shape = (1 + tile_capacity(rows, slots, tile_rows), 3)
+    # Those of the base can lie between those of adapters: then there are more segments than slots.
+    shape = (1 + tile_capacity(rows, max(slots, len(segments) - 1), tile_rows), 3)
     block = torch.zeros(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
     fill_tiles(block.numpy(), segments, tile_rows)
     adapted = any(segment.slot != BASE_SLOT for segment in segments)
-    return view_tiles(block.to(device, non_blocking=True), segments, adapted, tile_rows)
+    return view_tiles(block.to(device, non_blocking=True), segments, adapted, tile_rows, transformed)
 
 
 class Workspace:
@@ -210,7 +219,7 @@ def shrink_torch(
     h = workspace.hold(site, sites, 1, x.shape[0])
     for slot, start, stop in tiles.segments:
         for index in range(sites if slot != BASE_SLOT else 0):
-            a_offset, _, _, rank = workspace.entries[slot, site + index].tolist()
+            a_offset, _, _, rank = workspace.entries[slot, site + index, : RANK + 1].tolist()
             if rank:
                 a = _matrix(tables.arena, a_offset, rank, x.shape[1])
                 h[index, 0, start:stop, :rank] = x[start:stop] @ a.T
@@ -285,7 +294,7 @@ def low_rank_torch(
     for slot, start, stop in tiles.segments:
         if slot == BASE_SLOT:
             continue
-        a, b, bias = workspace.factors(*workspace.entries[slot, site].tolist(), inputs, outputs)
+        a, b, bias = workspace.factors(*workspace.entries[slot, site, : RANK + 1].tolist(), inputs, outputs)
         rows = y[start:stop]
         if a is not None and b is not None:
             rows.addmm_(torch.mm(x[start:stop], a), b)

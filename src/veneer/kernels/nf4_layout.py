@@ -27,6 +27,7 @@ import torch
 
 LAYOUT_VERSION = 1  # raise when the same weight is packed into other bytes: kept files are then made again
 BLOCK = 64  # columns that share an absmax
+TILE_ROWS = 64  # output features
 ROW_PADDING = 128  # output features are padded to this, so that a program may have one or two tiles
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,

@@ -1,6 +1,7 @@
 """`/v1/adapters` and `/v1/aliases`: upload, list, delete, pin, roll back, and names for adapters.
 
-    POST   /v1/adapters                  form: name + files twice, or archive, or source (+ revision); or JSON
+    POST   /v1/adapters                  form: name + files twice, or archive, or source (+ revision); or JSON.
+                                         allow_ineffective=true: also one that does not change the output
     GET    /v1/adapters                  every adapter's current version
     GET    /v1/adapters/NAME[@VERSION]   one, with its versions; an alias shows the version behind it
     DELETE /v1/adapters/NAME[@VERSION]   200 when the files are gone, 202 while requests still run
@@ -51,7 +52,12 @@ async def create_adapter(request: Request) -> Response:
     require_engine(state)
     limit = state.config.max_upload_bytes
     async with read_upload(request, limit) as upload:
-        record = await publish(state, upload.name, lambda staging: upload.fill(staging, limit))
+        record = await publish(
+            state,
+            upload.name,
+            lambda staging: upload.fill(staging, limit),
+            allow_ineffective=upload.allow_ineffective,
+        )
     return _answer(adapter_object(state, record), 201 if record.created else 200)
 
 
@@ -149,6 +155,7 @@ def adapter_object(
         "base_model": details.get("base_model") or None,
         "kind": details.get("kind"),
         "primitives": details.get("primitives", []),
+        "portability": details.get("portability"),
         "rank": details.get("rank"),
         "sites": details.get("sites"),
         "effect": details.get("effect"),

@@ -1,4 +1,4 @@
-"""`veneer adapters …`: a small client of a running server's adapter routes."""
+"""`veneer adapters …`: a small client of a running server's adapter routes, and the conversion of files."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from veneer.errors import InvalidRequest, VeneerError, from_wire
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 ARCHIVES = (".zip", ".tar.gz", ".tgz")
 
+_LISTED = ("kind", "primitives", "portability", "rank", "bytes")
+
 # An upload waits for the server to check the adapter, a delete for running requests to end.
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 
@@ -37,9 +39,29 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def convert(arguments: argparse.Namespace) -> int:
+    """Make a plain LoRA of a base-fragile adapter. Needs no server."""
+    from veneer.engine.source import DEFAULT_MODEL, resolve
+
+    model = arguments.weights
+    if model == DEFAULT_MODEL or model.endswith(".gguf"):
+        raise InvalidRequest(
+            f"--weights {model}: a GGUF file does not hold the weights that a training loads; give the folder "
+            "or hub id of those"
+        )
+    weights = resolve(model)
+    from veneer.adapters.convert import convert as convert_adapter  # imports torch: some seconds
+
+    result = convert_adapter(arguments.folder, weights, arguments.output)
+    for warning in result.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"{arguments.output}: a plain LoRA of rank {max(result.ranks)} at {len(result.ranks)} layers")
+    return 0
+
+
 def _push(client: httpx.Client, arguments: argparse.Namespace) -> None:
     source = Path(arguments.source)
-    fields = {"name": arguments.name}
+    fields: dict[str, Any] = {"name": arguments.name}
     with contextlib.ExitStack() as stack:
         if source.is_dir():
             paths = [("files", source / name) for name in ADAPTER_FILES]
@@ -57,6 +79,8 @@ def _push(client: httpx.Client, arguments: argparse.Namespace) -> None:
             fields["source"] = arguments.source
             if arguments.revision:
                 fields["revision"] = arguments.revision
+        if arguments.allow_ineffective:
+            fields["allow_ineffective"] = True
         files = [(field, (path.name, _with_progress(stack, path))) for field, path in paths]
         if files:
             answer = _call(client, "POST", "/v1/adapters", data=fields, files=files)
@@ -74,10 +98,11 @@ def _with_progress(stack: contextlib.ExitStack, path: Path) -> IO[bytes]:
 
 
 def _list(client: httpx.Client, arguments: argparse.Namespace) -> None:
-    rows = [("NAME", "VERSION", "KIND", "RANK", "BYTES", "RESIDENT", "REQUESTS", "DIGEST")]
+    rows = [("NAME", "VERSION", *map(str.upper, _LISTED), "RESIDENT", "REQUESTS", "DIGEST")]
     for adapter in _call(client, "GET", "/v1/adapters")["data"]:
-        keys = ("id", "version", "kind", "rank", "bytes", "residency", "requests")
-        rows.append((*(str(adapter[key]) for key in keys), adapter["digest"][:12]))
+        shown = adapter | {"primitives": "+".join(adapter["primitives"]), "digest": adapter["digest"][:12]}
+        keys = ("id", "version", *_LISTED, "residency", "requests", "digest")
+        rows.append(tuple("-" if shown[key] in (None, "") else str(shown[key]) for key in keys))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,4 +1,4 @@
-"""The `veneer` command: `serve`, `prepare`, `train` and `adapters`.
+"""The `veneer` command: `serve`, `prepare`, `train`, `adapters` and `conformance`.
 
 Flags have vLLM's names where vLLM has the flag. This module parses and dispatches, nothing more. Each
 subcommand imports what it needs when it runs: `veneer --help` is fast, and the server imports no torch.
@@ -80,7 +80,12 @@ def build_parser() -> argparse.ArgumentParser:
         commands.add_parser("prepare", help="download or convert a base model, so that serve starts fast")
     )
     _add_train(commands.add_parser("train", help="train an adapter from a recipe"))
-    _add_adapters(commands.add_parser("adapters", help="manage the adapters of a running server"))
+    _add_adapters(
+        commands.add_parser("adapters", help="manage the adapters of a running server, or convert one")
+    )
+    _add_conformance(
+        commands.add_parser("conformance", help="compare every kind of adapter with its own library")
+    )
     return parser
 
 
@@ -137,6 +142,12 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     base.add_argument("--block-size", type=positive, default=16, help="tokens in one KV page (%(default)s)")
     base.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)
     base.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
+    base.add_argument(
+        "--cuda-graphs",
+        choices=("decode", "all"),
+        default="decode",
+        help="which steps; all: also those with prompt chunks, and adapters that rotate or scale (%(default)s)",
+    )
     base.add_argument("--threads", type=positive, help="CPU threads of the engine")
 
     adapters = parser.add_argument_group("adapters")
@@ -200,6 +211,9 @@ def _add_adapters(parser: argparse.ArgumentParser) -> None:
 
     push = action("push", "upload an adapter: a folder, a .zip, a .tar.gz or a hub id", "name", "source")
     push.add_argument("--revision", help="branch, tag or commit of a hub id")
+    push.add_argument(
+        "--allow-ineffective", action="store_true", help="take it also if it does not change the output"
+    )
     action("list", "list adapters")
     action("rm", "delete an adapter with all its versions", "name")
     alias = action("alias", "point an alias at a name or name@version", "alias", optional="target")
@@ -207,6 +221,45 @@ def _add_adapters(parser: argparse.ArgumentParser) -> None:
     action("rollback", "make the version before current again, or the given one", "name", optional="version")
     action("pin", "keep an adapter on the device", "name")
     action("unpin", "let an adapter be evicted again", "name")
+    convert = actions.add_parser(
+        "convert",
+        help="make a plain LoRA of an unconverted PiSSA, OLoRA or KaSA adapter; needs no server",
+    )
+    convert.add_argument("folder", type=Path, help="the adapter as PEFT saved it")
+    convert.add_argument(
+        "--weights",
+        required=True,
+        metavar="MODEL",
+        help="folder or hub id of the unquantized weights that the training loaded",
+    )
+    convert.add_argument(
+        "--output", type=Path, required=True, metavar="OUT", help="a new folder; nothing is overwritten"
+    )
+    convert.set_defaults(run=_convert)
+
+
+def _add_conformance(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Exit status 0 only if every kind is served as its library serves it, or refused."
+    parser.add_argument(
+        "--base",
+        default="tiny",
+        metavar="FOLDER",
+        help="a model's folder, or tiny: a random one (%(default)s)",
+    )
+    parser.add_argument(
+        "--only", default="*", metavar="PATTERN", help="methods or kinds that match, for example 'LORA*'"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print a list of objects")
+    form.add_argument(
+        "--markdown",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="the tables of docs/adapters.md, or into FILE",
+    )
+    parser.set_defaults(run=_conformance)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -233,6 +286,18 @@ def _adapters(arguments: argparse.Namespace) -> int:
     from veneer.server.adapters_cli import run
 
     return run(arguments)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from veneer.server.adapters_cli import convert
+
+    return convert(arguments)
+
+
+def _conformance(arguments: argparse.Namespace) -> int:
+    from veneer.training.conformance.table import main as conformance
+
+    return conformance(arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

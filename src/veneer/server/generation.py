@@ -98,18 +98,24 @@ def derived_seed(seed: int, choice: int) -> int:
     return seed & (2**63 - 1)
 
 
-def token_limit(body: GenerationRequest, prompt: Sequence[int], info: EngineInfo, param: str) -> int:
-    """How many tokens may follow `prompt`. Raises InvalidRequest when the context has no room."""
+def token_limit(
+    body: GenerationRequest, prompt: Sequence[int], info: EngineInfo, param: str, virtual_tokens: int = 0
+) -> int:
+    """How many tokens may follow `prompt`, which the adapter's virtual ones precede.
+
+    Raises InvalidRequest when the context has no room.
+    """
     asked = body.max_tokens
     if isinstance(body, ChatRequest) and body.max_completion_tokens is not None:
         asked = body.max_completion_tokens
-    room = info.max_model_len - len(prompt)
+    room = info.max_model_len - virtual_tokens - len(prompt)
     if not prompt:
         raise InvalidRequest(f"{param} has no tokens; the model needs at least one.", param=param)
     if room < (1 if asked is None else asked):
+        virtual = f"{virtual_tokens} virtual ones of the adapter, " if virtual_tokens else ""
         raise InvalidRequest(
-            f"This model's maximum context length is {info.max_model_len} tokens, but {len(prompt)} in the "
-            f"{param} and {1 if asked is None else asked} for the answer were requested; shorten one of them.",
+            f"This model's maximum context length is {info.max_model_len} tokens, but {virtual}{len(prompt)} in "
+            f"the {param} and {1 if asked is None else asked} for the answer were requested; shorten one of them.",
             param=param,
             code="context_length_exceeded",
         )
@@ -171,10 +177,11 @@ class Run:
         self._state, self._body, self._received = state, body, received
         self._digest = adapter.digest if adapter else None
         self._name = adapter.name if adapter else None
+        virtual_tokens = int(adapter.details.get("virtual_tokens", 0)) if adapter else 0
         self._sequences: list[NewSequence] = []
         for prompt in prompts:
             check_tokens(prompt, info, param)
-            limit = token_limit(body, prompt, info, param)
+            limit = token_limit(body, prompt, info, param, virtual_tokens)
             for choice in range(body.n):
                 sampling = sampling_params(body, info, limit, derived_seed(seed, choice), logprobs)
                 self._sequences.append(NewSequence(prompt, sampling))

@@ -33,10 +33,18 @@ _T = TypeVar("_T")
 _deletes: set[asyncio.Task[None]] = set()  # asyncio keeps only weak references to tasks
 
 
-async def publish(state: ServerState, name: str, fill: Fill, *, unless_known: bool = False) -> AdapterVersion:
+async def publish(
+    state: ServerState,
+    name: str,
+    fill: Fill,
+    *,
+    unless_known: bool = False,
+    allow_ineffective: bool = False,
+) -> AdapterVersion:
     """Make what `fill` writes the next version of `name`. Content equal to the current version changes nothing.
 
     With `unless_known`, content equal to any version of the name changes nothing, and that version is returned.
+    An adapter that does not change the output is refused unless `allow_ineffective`.
     Raises what the sources, the engine's check and the store raise; nothing is left behind then.
     """
     refuse_base_name(state, name)
@@ -45,7 +53,9 @@ async def publish(state: ServerState, name: str, fill: Fill, *, unless_known: bo
         digest = await asyncio.to_thread(staging.digest)
         if unless_known and (known := await asyncio.to_thread(_known, state, name, digest)):
             return known
-        info = await state.engine.check_adapter(str(staging.path), digest)
+        info = await state.engine.check_adapter(
+            str(staging.path), digest, allow_ineffective=allow_ineffective
+        )
         details = msgspec.to_builtins(info)
         details["warnings"] = [*info.warnings, *_base_warnings(state, info)]
         record = await asyncio.to_thread(state.store.commit, staging, name, details)

@@ -109,6 +109,7 @@ def options_from(arguments: argparse.Namespace, folder: Path) -> ServeOptions:
         adapter_memory=arguments.adapter_memory,
         host_adapter_memory=arguments.host_adapter_memory,
         enforce_eager=arguments.enforce_eager,
+        cuda_graphs=arguments.cuda_graphs,
         threads=arguments.threads,
     )
     return ServeOptions(

@@ -29,7 +29,7 @@ FORM_OVERHEAD = 1 << 20  # bytes of a form besides its files: boundaries, header
 FIELD_LIMIT = 64 << 10  # bytes of a JSON body or of one form field that is not a file
 CHUNK = 1 << 20
 
-_FIELDS = ("name", "files", "archive", "source", "revision")
+_FIELDS = ("name", "files", "archive", "source", "revision", "allow_ineffective")
 
 
 class _Source(msgspec.Struct, forbid_unknown_fields=True):
@@ -38,6 +38,7 @@ class _Source(msgspec.Struct, forbid_unknown_fields=True):
     name: str
     source: str
     revision: str | None = None
+    allow_ineffective: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Upload:
     archive: UploadFile | None = None
     source: str | None = None
     revision: str | None = None
+    allow_ineffective: bool = False
 
     def fill(self, staging: Staging, limit: int) -> None:
         """Write the adapter's two files. Blocks; runs in a thread."""
@@ -96,7 +98,12 @@ async def _read_json(request: Request) -> Upload:
         sent = msgspec.json.decode(body, type=_Source)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"The body is not an adapter's source: {error}") from None
-    return Upload(sent.name, source=sent.source, revision=sent.revision)
+    return Upload(
+        sent.name,
+        source=sent.source,
+        revision=sent.revision,
+        allow_ineffective=sent.allow_ineffective,
+    )
 
 
 async def _read_form(request: Request, limit: int) -> FormData:
@@ -158,12 +165,19 @@ def _from_form(form: FormData) -> Upload:
         )
     if revision is not None and source is None:
         raise InvalidRequest("'revision' belongs to 'source'", param="revision")
+    allow_ineffective = _text(form, "allow_ineffective") or "false"
+    if allow_ineffective not in ("true", "false"):
+        raise InvalidRequest(
+            f"allow_ineffective {allow_ineffective[:200]!r} is neither 'true' nor 'false'",
+            param="allow_ineffective",
+        )
     return Upload(
         name,
         files=cast("list[UploadFile]", files),
         archive=cast("UploadFile", archives[0]) if archives else None,
         source=source,
         revision=revision,
+        allow_ineffective=allow_ineffective == "true",
     )
 
 

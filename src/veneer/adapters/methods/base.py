@@ -8,12 +8,20 @@ method's reference library does, or refuses the adapter by the field's name. The
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from veneer.adapters.checkpoint import Checkpoint
 from veneer.adapters.program import Program, Site
+
+
+class Norm(NamedTuple):
+    """A normalization of the base, y = (weight + offset) x / |x|."""
+
+    weight: torch.Tensor  # [features], float32 on the CPU, as it is stored
+    offset: float  # 1 in Gemma, where the stored weight is what is added to 1
+    readers: tuple[str, ...]  # the sites that its output is the input of; empty when something else reads it
 
 
 class Base(Protocol):
@@ -22,12 +30,29 @@ class Base(Protocol):
     @property
     def sites(self) -> Mapping[str, Site]: ...
 
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def num_kv_heads(self) -> int: ...
+
+    @property
+    def head_dim(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
     def weight(self, site: str) -> torch.Tensor:
         """The weight [out, in] of a site as it is served, dequantized: float32 on the CPU, a copy."""
         ...
 
     def bias(self, site: str) -> torch.Tensor | None:
         """The base's bias [out] of a site, float32 on the CPU, a copy, or None."""
+        ...
+
+    @property
+    def norms(self) -> Mapping[str, Norm]:
+        """Every norm by its module path."""
         ...
 
 

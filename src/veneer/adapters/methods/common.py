@@ -9,20 +9,23 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
+import torch
 
-from veneer.adapters.checkpoint import listed
+from veneer.adapters.checkpoint import listed, shown
 from veneer.adapters.methods.base import Base
 from veneer.adapters.names import CONFIG_FILE
-from veneer.adapters.program import Site
+from veneer.adapters.program import Site, SiteProgram
 from veneer.errors import AdapterRefused
 
 PREFIX = "base_model.model."
 HEAD = "lm_head"  # the output head of every served architecture; PEFT's "all-linear" leaves it out
 _PATTERN_LIMIT = 4096  # entries of rank_pattern or alpha_pattern
 _LAYERS_PATTERN_LIMIT = 64  # entries
+_SPARE_PROBES = 8  # vectors beyond the largest rank that `factor` looks with
+_RANK_TOLERANCE = 3e-7  # of the largest singular value: the noise of a matrix that was computed in float32
 
 
 class Targeting(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,6 +55,8 @@ class Refusal(NamedTuple):
 
 
 CAUSAL = Refusal((None, "CAUSAL_LM"), "only causal language models are served")
+BASE_BIASES = Refusal(("none",), "it replaces biases of the base, which is shared; train with bias='none'")
+NO_FIELD = Refusal((None,), "PEFT's config of this method has no such field and drops it; remove it")
 WHOLE_MODULES = Refusal((None, []), "it replaces whole layers of the base; use LoRA on them")
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -203,3 +208,133 @@ def compile_pattern(field: str, keys: Collection[str]) -> Callable[[str], str | 
 
 def _fits(token: str, character: str) -> bool:
     return token in (".", character) or (token == "\\." and character == ".")
+
+
+def factor(delta: torch.Tensor, site: Site, max_rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A dense change [out, in] of a site's weight as a [rank, in] and b [rank, out]: b^T a = delta, float32.
+
+    The rank is that of `delta` up to the rounding of float32: the range is found with random probes, which
+    takes seconds where a whole SVD takes minutes, and what the probes leave out is measured.
+    https://doi.org/10.1137/090771806 (Halko, Martinsson, Tropp 2011, algorithm 4.1)
+
+    Raises:
+        AdapterRefused: the rank is over `max_rank`, or a value is not finite.
+    """
+    delta = delta.double()
+    if not delta.isfinite().all():
+        raise AdapterRefused(f"The change of {site.name} overflows; the adapter's values are too large.")
+    num_probes = min(max_rank + _SPARE_PROBES, *delta.shape)
+    probes = torch.randn(delta.shape[1], num_probes, dtype=delta.dtype, generator=torch.Generator())
+    span = torch.linalg.qr(delta @ probes).Q  # [out, probes]
+    inner = span.T @ delta
+    u, s, v = torch.linalg.svd(inner, full_matrices=False)
+    rank = max(1, int((s > _RANK_TOLERANCE * s[0]).sum()))
+    found = bool(torch.linalg.norm(delta - span @ inner) <= 4 * _RANK_TOLERANCE * torch.linalg.norm(delta))
+    if rank > max_rank or not found:
+        needed = f"rank {rank}" if found else f"a rank from {max(rank, max_rank + 1)} to {min(delta.shape)}"
+        raise AdapterRefused(
+            f"The change of {site.name} has {needed}, the limit is {max_rank} (--max-lora-rank). "
+            "It is served only in its exact low-rank form; raise the limit or train with fewer parameters."
+        )
+    root = s[:rank].sqrt()[:, None]
+    return (v[:rank] * root).float().contiguous(), ((span @ u[:, :rank]).T * root).float().contiguous()
+
+
+def check_rank(rank: int, max_rank: int, field: str = "r") -> None:
+    if not 1 <= rank <= max_rank:
+        raise wrong(field, rank, f"the rank must be from 1 to {max_rank} (--max-lora-rank)")
+
+
+def add_head_copy(
+    shapes: dict[str, tuple[int, ...]], header: Collection[str], sites: Iterable[Site], warnings: list[str]
+) -> None:
+    """Allow the frozen weight of a targeted head, which PEFT adds to the file. It is the base's, never read."""
+    name = f"{PREFIX}{HEAD}.base_layer.weight"
+    for site in sites:
+        if site.name == HEAD and name in header:
+            shapes[name] = (site.out_features, site.in_features)
+            warnings.append(f"{name}: this copy of the base's output head is not used.")
+
+
+def explain_for(part: str, base: Base) -> Callable[[str], str]:
+    """Why a tensor that the config does not name is refused, for `Checkpoint.require`.
+
+    `part` is what follows the module in the keys of the method, e.g. ".vera_".
+    """
+
+    def explain(key: str) -> str:
+        module, found, rest = key.removeprefix(PREFIX).partition(part)
+        if not key.startswith("base_model."):
+            return "PEFT's keys begin with 'base_model.'"
+        if not key.startswith(PREFIX) or not found:
+            return "the config names no such tensor, and an adapter cannot replace the base's own"
+        if module not in base.sites:
+            return f"the base has no linear layer {shown(module)}"
+        return f"the config does not ask for {part[1:]}{rest} at this layer"
+
+    return explain
+
+
+def low_rank(site: Site, a: torch.Tensor, b: torch.Tensor) -> SiteProgram:
+    """The product b^T a of a site, a [rank, in] and b [rank, out], refused if a value overflows float32."""
+    a, b = a.float().contiguous(), b.float().contiguous()
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise AdapterRefused(f"The change of {site.name} overflows; the adapter's values are too large.")
+    return SiteProgram(a=a, b=b)
+
+
+V = TypeVar("V")
+
+
+def per_site(
+    sites: Iterable[Site], field: str, pattern: Mapping[str, V] | None, default: V, warnings: list[str]
+) -> list[V]:
+    """The value for each site: that of the first key of the config's `field` that matches it, or `default`."""
+    pattern = pattern or {}
+    first = compile_pattern(field, pattern)
+    keys = [first(site.name) for site in sites]
+    if idle := [key for key in pattern if key not in keys]:
+        warnings.append(f"{field}: {listed(idle)} decides for no layer.")
+    return [default if key is None else pattern[key] for key in keys]
+
+
+def check_need(site: Site, rank: int, max_rank: int, field: str, value: object) -> None:
+    """Refuse `field` = `value` when a site's change is a product of more than `max_rank` rows because of it."""
+    if rank > max_rank:
+        raise wrong(field, value, f"{site.name} needs rank {rank}, the limit is {max_rank} (--max-lora-rank)")
+
+
+def per_inner_site(
+    sites: Iterable[Site], field: str, pattern: Mapping[str, V] | None, default: V, warnings: list[str]
+) -> list[V]:
+    """`per_site` where peft matches with `rf".*\\.{key}$"`: what a key names comes after a dot.
+
+    A full name counts only where no key matches, and a "^" never matches.
+    """
+    pattern = pattern or {}
+    if outer := [key for key in pattern if key.startswith((".", "^"))]:
+        raise wrong(
+            field, outer[0], "PEFT matches what comes after a dot of the module's name; leave this one out"
+        )
+    first = compile_pattern(field, pattern)
+    keys = [first(f"\0{site.name}") or (site.name if site.name in pattern else None) for site in sites]
+    if idle := [key for key in pattern if key not in keys]:
+        warnings.append(f"{field}: {listed(idle)} decides for no layer.")
+    return [default if key is None else pattern[key] for key in keys]
+
+
+def random_positions(site: Site, count: int, seed: int) -> torch.Tensor:
+    """Row and column [2, count] of distinct entries of a site's weight, as peft draws them: they are in no file."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(site.out_features * site.in_features, generator=generator)[:count]
+    return torch.stack([order // site.in_features, order % site.in_features])
+
+
+Seed = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # what torch.Generator takes
+
+
+def check_count(field: str, value: object, count: int, site: Site) -> None:
+    """Refuse `field` = `value` when with it the entries of a site's weight are not from 1 to all of them."""
+    size = site.in_features * site.out_features
+    if not 1 <= count <= size:
+        raise wrong(field, value, f"that makes {count} entries; {site.name} has room for 1 to {size}")

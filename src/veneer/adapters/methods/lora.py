@@ -5,6 +5,11 @@ refused by name unless it is off (`REFUSED`). A field in none of the three is re
 https://github.com/huggingface/peft/blob/v0.21.0/src/peft/tuners/lora/config.py
 
 Keys are `base_model.model.<module>.lora_A.weight` [r, in], `lora_B.weight` [out, r] and `lora_B.bias` [out].
+DoRA adds `lora_magnitude_vector` [out].
+BD-LoRA stores one of the two without the zeros around its diagonal of n blocks: A [r, in / n], B [out, r / n].
+With `bias` the file also holds biases that replace the base's: `<module>.base_layer.bias` of targeted modules,
+`<module>.bias` of others. VeLoRA and MonteCLoRA compute a plain LoRA at evaluation; their own keys go unread.
+aLoRA is a plain LoRA that acts on the tokens from its invocation on (https://arxiv.org/abs/2504.12397).
 """
 
 from __future__ import annotations
@@ -12,7 +17,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from dataclasses import replace
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
+import torch
 
 from veneer.adapters.checkpoint import Checkpoint, listed, shown
 from veneer.adapters.methods.base import Base
@@ -30,6 +39,23 @@ from veneer.adapters.methods.common import (
     wrong,
 )
 from veneer.adapters.program import Program, Site, SiteProgram
+from veneer.errors import AdapterRefused
+
+_INVOCATION_LIMIT = 64  # tokens
+
+
+class BlockDiagonal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """PEFT's BdLoraConfig: the modules, by a part of their name, whose A or B is block-diagonal."""
+
+    target_modules_bd_a: list[str] | None = None
+    target_modules_bd_b: list[str] | None = None
+    nblocks: int = 1
+    match_strict: bool = True
+
+
+Invocation = Annotated[
+    list[Annotated[int, msgspec.Meta(ge=0)]], msgspec.Meta(min_length=1, max_length=_INVOCATION_LIMIT)
+]
 
 
 class Honoured(Targeting, frozen=True, kw_only=True):
@@ -43,6 +69,12 @@ class Honoured(Targeting, frozen=True, kw_only=True):
     alpha_pattern: dict[str, float] | None = None
     fan_in_fan_out: bool = False
     lora_bias: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_bdlora: BlockDiagonal | None = None
+    use_dora: bool = False
+    alora_invocation_tokens: Invocation | None = None
+    velora_config: dict[str, Any] | None = None
+    monteclora_config: dict[str, Any] | None = None
 
 
 class TrainingOnly(Common, frozen=True, kw_only=True):
@@ -60,29 +92,47 @@ class TrainingOnly(Common, frozen=True, kw_only=True):
 
 
 _CONVERT = (
-    "PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ change the base; convert the adapter with PEFT's save_pretrained"
-    "(folder, path_initial_model_for_weight_conversion=...), which writes a plain LoRA"
+    "PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ are base-fragile: their training took the adapter's start out of the "
+    "base, so the file fits only that base. `veneer adapters convert FOLDER --weights MODEL --output OUT` makes a "
+    "plain LoRA of PiSSA and OLoRA, given the weights of the training. PEFT's save_pretrained(folder, "
+    "path_initial_model_for_weight_conversion=...) makes one of all but LoftQ when the training ends; for LoftQ, "
+    "initialise with PEFT's replace_lora_weights_loftq, which leaves the base as it is"
 )
-_LATER = "this variant of LoRA is not served; train a plain LoRA"
+_KASA = (
+    "KaSA is base-fragile: it takes the smallest singular values out of the base, so the file fits only the "
+    "exact weights that it was trained on. `veneer adapters convert FOLDER --weights MODEL --output OUT` makes a "
+    "plain LoRA of it, given these weights"
+)
 REFUSED: Mapping[str, Refusal] = {
-    "alora_invocation_tokens": Refusal((None,), "activated LoRA is not served; train a plain LoRA"),
     "arrow_config": Refusal((None,), "Arrow routing over several adapters is not served"),
-    "bias": Refusal(("none",), "it replaces biases of the base, which is shared; use lora_bias"),
     "ensure_weight_tying": Refusal((False,), "adapters on tied embeddings are not served"),
     "init_lora_weights": Refusal((True, False, "gaussian", "eva", "orthogonal", "mica"), _CONVERT),
-    "kasa_config": Refusal((None,), "KaSA changes the base; train a plain LoRA"),
+    "kasa_config": Refusal((None,), _KASA),
     "layer_replication": Refusal((None, []), "it makes a base of another depth"),
     "megatron_config": Refusal((None,), "Megatron's parallel layers are not served"),
     "modules_to_save": WHOLE_MODULES,
-    "monteclora_config": Refusal((None,), _LATER),
     "target_parameters": Refusal((None, []), "only linear layers are served; use target_modules"),
     "task_type": CAUSAL,
     "trainable_token_indices": Refusal((None,), "it replaces embeddings of the base, which is shared"),
-    "use_bdlora": Refusal((None,), _LATER),
-    "use_dora": Refusal((False,), "DoRA is not served; train with use_dora=false"),
     "use_qalora": Refusal((False,), "QALoRA needs a GPTQ base; train a plain LoRA"),
-    "velora_config": Refusal((None,), _LATER),
 }
+
+
+VARIANTS = (
+    "alora_invocation_tokens",
+    "use_bdlora",
+    "use_dora",
+    "velora_config",
+    "monteclora_config",
+)  # at most one at a time, as in PEFT
+_MAGNITUDE = "lora_magnitude_vector"
+_UNREAD = (
+    "lora_velora_embed",
+    "lora_monteclora_sampler.expert_weights",
+    "lora_monteclora_sampler.expert_weights_prior",
+    "lora_monteclora_sampler.gaussian_var_prior",
+    "lora_monteclora_sampler.std_prior",
+)
 
 
 class _Scaled(NamedTuple):
@@ -91,6 +141,8 @@ class _Scaled(NamedTuple):
     site: Site
     rank: int
     scale: float
+    a_blocks: int  # on the diagonal of A; 1: A is dense
+    b_blocks: int
 
 
 def lower(checkpoint: Checkpoint, base: Base, max_rank: int) -> Program:
@@ -101,6 +153,9 @@ def lower(checkpoint: Checkpoint, base: Base, max_rank: int) -> Program:
         config, choose_sites(config, base, checkpoint.header, ".lora_", warnings), max_rank, warnings
     )
     shapes = _shapes(config, sites)
+    biases = _replaced_biases(config, sites, base)
+    shapes |= {key: tuple(bias.shape) for key, bias in biases.values()}
+    shapes |= _unread(config, sites, checkpoint)
     dump = f"{PREFIX}{HEAD}.base_layer.weight"
     if dump in checkpoint.header and any(item.site.name == HEAD for item in sites):
         # PEFT adds the frozen weight of a targeted head to the file. It is the base's own and is not read.
@@ -110,18 +165,60 @@ def lower(checkpoint: Checkpoint, base: Base, max_rank: int) -> Program:
         warnings.append(
             "fan_in_fan_out: true has no effect on a base of linear layers; PEFT sets it to false."
         )
+    invocation = _invocation(config, base, warnings)
     checkpoint.require(shapes, lambda key: _explain(key, base))
+    programs = {item.site.name: _read(checkpoint, item, config.lora_bias) for item in sites}
+    if config.use_dora:
+        for name, program in programs.items():
+            magnitude = checkpoint.read(f"{PREFIX}{name}.{_MAGNITUDE}")
+            programs[name] = _dora(program, name, magnitude, base)
+    for name, (key, bias) in biases.items():
+        programs[name] = _with_bias(programs.get(name, SiteProgram()), checkpoint.read(key) - bias)
     return Program(
         kind="lora",
-        sites={item.site.name: _read(checkpoint, item, config.lora_bias) for item in sites},
+        sites=programs,
         base_model=config.base_model_name_or_path or "",
         warnings=tuple(warnings),
+        portability="proportional" if config.use_dora else "independent",
+        invocation=invocation,
     )
 
 
 def read_config(config: Mapping[str, Any]) -> Honoured:
     """The fields that count, after every field was looked at. Raises AdapterRefused."""
-    return read_fields(config, Honoured, TrainingOnly, REFUSED, "LoraConfig")
+    fields = read_fields(config, Honoured, TrainingOnly, REFUSED, "LoraConfig")
+    if len(on := [name for name in VARIANTS if getattr(fields, name) not in (None, False)]) > 1:
+        raise wrong(on[0], config[on[0]], f"PEFT does not combine it with {on[1]}")
+    if fields.use_dora and fields.lora_bias:
+        raise wrong("use_dora", True, "PEFT does not combine it with lora_bias")
+    if fields.alora_invocation_tokens is not None:
+        _check_activated(fields, config)
+    return fields
+
+
+def _check_activated(fields: Honoured, config: Mapping[str, Any]) -> None:
+    """Refuse what does not go with aLoRA."""
+    if fields.bias != "none":
+        raise wrong("bias", fields.bias, "it changes the base's biases before the invocation of aLoRA, too")
+    if config.get("task_type") is None:
+        raise wrong("task_type", None, 'without "CAUSAL_LM" PEFT looks for no invocation of aLoRA; add it')
+    if config.get("init_lora_weights") == "mica":
+        raise wrong("init_lora_weights", "mica", "PEFT does not combine it with alora_invocation_tokens")
+
+
+def _invocation(config: Honoured, base: Base, warnings: list[str]) -> tuple[int, ...]:
+    """The tokens from which on an aLoRA acts; none for others."""
+    tokens = config.alora_invocation_tokens or []
+    vocabulary = base.sites[HEAD].out_features
+    if unknown := [token for token in tokens if token >= vocabulary]:
+        rule = f"{unknown[0]} is no token of the base; it has {vocabulary}"
+        raise wrong("alora_invocation_tokens", tokens, rule)
+    if tokens:
+        warnings.append(
+            f"alora_invocation_tokens: the adapter acts from the last {tokens} of a prompt on. A prompt without "
+            "these tokens is answered as the base does."
+        )
+    return tuple(tokens)
 
 
 def _scaled(config: Honoured, sites: list[Site], max_rank: int, warnings: list[str]) -> list[_Scaled]:
@@ -138,30 +235,105 @@ def _scaled(config: Honoured, sites: list[Site], max_rank: int, warnings: list[s
         if not 1 <= rank <= max_rank:
             rule = f"the rank of {site.name} must be from 1 to {max_rank} (--max-lora-rank)"
             raise wrong("r" if in_ranks is None else "rank_pattern", rank, rule)
-        scaled.append(_Scaled(site, rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)))
+        scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        scaled.append(_Scaled(site, rank, scale, *_blocks(config.use_bdlora, site, rank)))
     for field, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
         if idle := [key for key in pattern if key not in used[field]]:
             warnings.append(f"{field}: {listed(idle)} decides for no layer.")
     return scaled
 
 
+def _blocks(config: BlockDiagonal | None, site: Site, rank: int) -> tuple[int, int]:
+    """The numbers of blocks of A and B, as peft's BdLoraLinearVariant chooses them."""
+    if config is None:
+        return 1, 1
+    count, field = config.nblocks, "use_bdlora"
+    in_a = any(part in site.name for part in config.target_modules_bd_a or ())
+    in_b = any(part in site.name for part in config.target_modules_bd_b or ())
+    if in_a and in_b:
+        raise wrong(field, site.name, "it is in both target_modules_bd_a and target_modules_bd_b")
+    if not (in_a or in_b):
+        if config.match_strict:
+            raise wrong(field, site.name, "with match_strict it must be in one of the target_modules_bd")
+        return 1, 1
+    width = site.in_features if in_a else site.out_features
+    if count < 1 or rank % count or width % count:
+        raise wrong(field, count, f"nblocks must divide {site.name}'s rank {rank} and its {width} features")
+    return (count, 1) if in_a else (1, count)
+
+
 def _shapes(config: Honoured, sites: Iterable[_Scaled]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
-    for site, rank, _ in sites:
-        shapes[f"{PREFIX}{site.name}.lora_A.weight"] = (rank, site.in_features)
-        shapes[f"{PREFIX}{site.name}.lora_B.weight"] = (site.out_features, rank)
-        if config.lora_bias:
+    for site, rank, _, a_blocks, b_blocks in sites:
+        shapes[f"{PREFIX}{site.name}.lora_A.weight"] = (rank, site.in_features // a_blocks)
+        shapes[f"{PREFIX}{site.name}.lora_B.weight"] = (site.out_features, rank // b_blocks)
+        if config.use_dora:
+            shapes[f"{PREFIX}{site.name}.{_MAGNITUDE}"] = (site.out_features,)
+        if config.lora_bias and b_blocks == 1:  # PEFT's block-diagonal B has no bias
             shapes[f"{PREFIX}{site.name}.lora_B.bias"] = (site.out_features,)
     return shapes
 
 
+def _replaced_biases(
+    config: Honoured, sites: Iterable[_Scaled], base: Base
+) -> dict[str, tuple[str, torch.Tensor]]:
+    """The sites whose bias the file replaces, each with its key and the base's bias [out]."""
+    if config.bias == "none":
+        return {}
+    targeted = {item.site.name for item in sites}
+    found = ((name, base.bias(name)) for name in (base.sites if config.bias == "all" else targeted))
+    return {
+        name: (f"{PREFIX}{name}.{'base_layer.' * (name in targeted)}bias", bias)
+        for name, bias in found
+        if bias is not None
+    }
+
+
+def _unread(config: Honoured, sites: Iterable[_Scaled], checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Tensors that only the training of VeLoRA and MonteCLoRA uses, with whatever shapes they have."""
+    if config.velora_config is None and config.monteclora_config is None:
+        return {}
+    keys = [f"{PREFIX}{item.site.name}.{name}" for item in sites for name in _UNREAD]
+    return {key: checkpoint.header[key].shape for key in keys if key in checkpoint.header}
+
+
 def _read(checkpoint: Checkpoint, item: _Scaled, lora_bias: bool) -> SiteProgram:
     key = f"{PREFIX}{item.site.name}"
-    b = checkpoint.read(f"{key}.lora_B.weight").t().contiguous().mul_(item.scale)
-    bias = checkpoint.read(f"{key}.lora_B.bias").mul_(item.scale) if lora_bias else None
+    a = _dense(checkpoint.read(f"{key}.lora_A.weight"), item.a_blocks)
+    b = _dense(checkpoint.read(f"{key}.lora_B.weight"), item.b_blocks).t().contiguous().mul_(item.scale)
+    has_bias = lora_bias and item.b_blocks == 1
+    bias = checkpoint.read(f"{key}.lora_B.bias").mul_(item.scale) if has_bias else None
     if not (b.isfinite().all() and (bias is None or bias.isfinite().all())):
         raise wrong("lora_alpha", item.scale, f"with this scale the values of {item.site.name} overflow")
-    return SiteProgram(a=checkpoint.read(f"{key}.lora_A.weight").contiguous(), b=b, bias=bias)
+    return SiteProgram(a=a, b=b, bias=bias)
+
+
+def _dora(program: SiteProgram, name: str, magnitude: torch.Tensor, base: Base) -> SiteProgram:
+    """y = m / ‖W0 + sBA‖ ⊙ (W0 + sBA) x + b, with the norm of each row (https://arxiv.org/abs/2402.09353)."""
+    a, b = program.a, program.b
+    assert a is not None
+    assert b is not None
+    norm = torch.linalg.vector_norm(base.weight(name).addmm_(b.T, a), dim=1)
+    scale = magnitude / norm
+    if not scale.isfinite().all():
+        raise AdapterRefused(f"At {name} a row of the weight that DoRA normalizes is zero or overflows.")
+    bias = base.bias(name)
+    return SiteProgram(a=a, b=b * scale, bias=None if bias is None else bias - scale * bias, scale_out=scale)
+
+
+def _dense(stored: torch.Tensor, blocks: int) -> torch.Tensor:
+    """[rows, columns / blocks] -> [rows, columns] with the blocks on the diagonal."""
+    if blocks == 1:
+        return stored.contiguous()
+    rows, width = stored.shape[0] // blocks, stored.shape[1]
+    dense = torch.zeros(blocks, rows, blocks, width)
+    each = torch.arange(blocks)
+    dense[each, :, each] = stored.view(blocks, rows, width)
+    return dense.view(blocks * rows, blocks * width)
+
+
+def _with_bias(program: SiteProgram, change: torch.Tensor) -> SiteProgram:
+    return replace(program, bias=change if program.bias is None else program.bias + change)
 
 
 def _explain(key: str, base: Base) -> str:
@@ -172,7 +344,9 @@ def _explain(key: str, base: Base) -> str:
     if part.startswith("embedding"):
         return "LoRA on the embedding is not served"
     if part.startswith("magnitude"):
-        return "DoRA is not served"
+        return "use_dora is false, or leaves this layer out"
+    if key.endswith(".bias") and not part:
+        return "bias is 'none', or no linear layer of the base has this bias"
     if re.fullmatch(r"[AB]\.[^.]+\.(weight|bias)", part):
         return "the key holds an adapter's name; save with PEFT's save_pretrained, which removes it"
     if part not in ("A.weight", "B.weight", "B.bias"):

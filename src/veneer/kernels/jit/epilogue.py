@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.language.standard import _sum_combine
 
-from veneer.kernels.jit.low_rank import load_tile
+from veneer.kernels.jit.low_rank import ENTRY, load_tile
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def find_entry(entries, slot, slot_stride, site, ADAPTED: tl.constexpr):
     found = (0, -1, 0)
     if ADAPTED:
         # masked loads instead of a branch: the hint must stay on the one value that it is true of
-        entry = entries + slot.to(tl.int64) * slot_stride + site * 4
+        entry = entries + slot.to(tl.int64) * slot_stride + site * ENTRY
         b_offset = tl.multiple_of(tl.load(entry + 1, mask=slot >= 0, other=0), 16)
         bias_offset = tl.load(entry + 2, mask=slot >= 0, other=-1)
         found = (b_offset, bias_offset, tl.load(entry + 3, mask=slot >= 0, other=0).to(tl.int32))

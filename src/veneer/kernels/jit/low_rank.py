@@ -8,6 +8,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from veneer.kernels.tables import COLUMNS
+
+ENTRY = tl.constexpr(COLUMNS)
+
 
 @triton.jit
 def load_tile(tiles, tile, capacity, used):
@@ -25,7 +29,7 @@ def load_a(entries, slot, slot_stride, site):
 
     Masked loads, no branch: the hint that offsets are aligned must stay on the one value that it is true of.
     """
-    entry = entries + slot.to(tl.int64) * slot_stride + site * 4
+    entry = entries + slot.to(tl.int64) * slot_stride + site * ENTRY
     a_offset = tl.multiple_of(tl.load(entry, mask=slot >= 0, other=0), 16)
     return a_offset, tl.load(entry + 3, mask=slot >= 0, other=0).to(tl.int32)
 
@@ -36,7 +40,7 @@ def load_a(entries, slot, slot_stride, site):
 def shrink(
     x,  # [rows_total, in]
     arena,
-    entries,  # int64 [slots, sites, 4]
+    entries,  # int64 [slots, sites, ENTRY]
     tiles,  # int32 [capacity, 3]
     used,  # int32 [1]
     planes,  # float32 [SITES, SPLITS, rows_total, rank_stride]

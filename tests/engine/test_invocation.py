@@ -1,0 +1,290 @@
+"""Activated LoRA through the engine: PEFT's log probabilities, and the base's keys before the invocation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.variants import calculate_alora_offsets
+from transformers import AutoModelForCausalLM
+
+from veneer.engine.graphs import MixedGraphs, head_segments_of, segments_of
+from veneer.engine.messages import AdapterChecked, CheckAdapter, SamplingParams
+from veneer.engine.scheduler import Scheduled
+from veneer.engine.sequence import NEVER, Sequence
+from veneer.kernels.low_rank import make_tiles
+from veneer.kernels.tables import BASE_SLOT, Segment
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "short": {"alora_invocation_tokens": [77], "target_modules": "all-linear"},
+    "long": {"alora_invocation_tokens": [7, 8, 9, 7, 8], "target_modules": "all-linear", "lora_bias": True},
+    "head": {"alora_invocation_tokens": [5, 6], "target_modules": ["q_proj", "down_proj", "lm_head"]},
+    "plain": {"target_modules": "all-linear"},
+}
+TEXT = [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21]
+PAGE = 2 * 3 * 4 * 2 * 16 * 4  # bytes: K and V, layers, tokens, heads, head_dim, float32
+
+
+def digest_of(name: str) -> str:
+    return f"{sum(map(ord, name)):064x}"
+
+
+def load_base(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def stores(
+    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """A function: architecture -> a store's folder with one adapter of each config, saved by PEFT."""
+    made: dict[str, Path] = {}
+
+    def make(architecture: str) -> Path:
+        if architecture not in made:
+            made[architecture] = tmp_path_factory.mktemp("store")
+            for name, fields in CONFIGS.items():
+                torch.manual_seed(len(name))
+                config = LoraConfig(r=4, lora_alpha=16, task_type="CAUSAL_LM", **fields)
+                adapted = get_peft_model(load_base(tiny_model(architecture)), config)
+                for key, parameter in adapted.named_parameters():
+                    if "lora_" in key:
+                        parameter.data += 0.05 * torch.randn_like(parameter)
+                adapted.save_pretrained(made[architecture] / "blobs" / digest_of(name))
+        return made[architecture]
+
+    return make
+
+
+class Peft:
+    """Teacher-forced log probabilities by PEFT, invoked where PEFT finds the invocation in the prompt alone."""
+
+    def __init__(self, base: Path, store: Path) -> None:
+        self.base, self.store = base, store
+        self.models: dict[str | None, Any] = {None: load_base(base)}
+
+    def logprobs(self, name: str | None, prompt: list[int], output: list[int]) -> torch.Tensor:
+        """Of what follows each token of prompt and output, [tokens, vocabulary]."""
+        if name not in self.models:
+            folder = self.store / "blobs" / digest_of(name or "")
+            self.models[name] = PeftModel.from_pretrained(load_base(self.base), folder).eval()
+        model, fields = self.models[name], {}
+        if name in ("short", "long", "head"):
+            (offset,) = calculate_alora_offsets(model.peft_config, "default", torch.tensor([prompt]))
+            fields["alora_offsets"] = [None if offset is None else offset + len(output)]
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([prompt + output]), **fields).logits[0]
+        return torch.log_softmax(logits, -1)
+
+
+def asks() -> list[tuple[list[int], str | None]]:
+    prompts = [
+        [*TEXT, 77, 30],
+        [77, 31, 32],
+        [*TEXT[:6], 77, *TEXT, 77],
+        [*TEXT, 7, 8, 9, 7, 8, 33, 34],
+        [7, 8, 9, 7, 8, 9, 7, 8],
+        [*TEXT, 5, 6],
+        [*TEXT[:8], 5, 6, 35, 36, 37, 38, 39, 40, 41],
+        [*TEXT, 42],  # invokes none
+        [5, 6, 77, *TEXT, 7, 8, 9, 7, 8],
+    ]
+    return [(prompt, name) for prompt in prompts for name in (None, *CONFIGS)]
+
+
+def check_against_peft(
+    driver: Any, peft: Peft, asked: list[tuple[list[int], str | None]], **sampling: Any
+) -> None:
+    """All at once; tokens and log probabilities are PEFT's."""
+    sampling = {"max_tokens": 8, "logprobs": 3, **sampling}
+    ids = [driver.submit(prompt, name and digest_of(name), **sampling) for prompt, name in asked]
+    for identifier, (prompt, name), tokens in zip(ids, asked, driver.run(*ids), strict=True):
+        expected = peft.logprobs(name, prompt, tokens)[len(prompt) - 1 : -1]
+        found = [item.logprobs[0] for item in driver.outputs[identifier]]
+        assert tokens == expected.argmax(-1).tolist(), (prompt, name)
+        top = torch.tensor([entry.top_logprobs for entry in found])
+        assert (top - expected.topk(3).values).abs().max() < 1e-4, (prompt, name)
+
+
+def test_the_reference_is_what_it_should_be(
+    tiny_model: Callable[[str], Path], stores: Callable[[str], Path]
+) -> None:
+    peft = Peft(tiny_model("llama"), stores("llama"))
+    prompt = [*TEXT, 77, 30]
+    base, adapted = peft.logprobs(None, prompt, [1, 2]), peft.logprobs("short", prompt, [1, 2])
+    assert torch.equal(base[:11], adapted[:11])
+    assert all((base - adapted)[row].abs().max() > 0.05 for row in range(11, 15))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "phi3"])
+def test_mixed_batches_are_pefts(
+    architecture: str,
+    tiny_model: Callable[[str], Path],
+    stores: Callable[[str], Path],
+    make_engine: Callable[..., Any],
+) -> None:
+    folder, store = tiny_model(architecture), stores(architecture)
+    peft = Peft(folder, store)
+    driver = make_engine(folder, store=str(store))
+    check_against_peft(driver, peft, asks())
+    check_against_peft(driver, peft, asks())  # with what is cached now
+    assert driver.engine.pool.hit_tokens > 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prefix_caching": False},
+        {"max_num_batched_tokens": 5},  # chunks end before, at and behind the invocation
+        {"max_loras": 2, "slot_patience": 0.0},
+        {"kv_cache_memory": 16 * PAGE, "max_num_batched_tokens": 12},
+        {"lookahead": True, "kv_cache_memory": 16 * PAGE},
+        {"lookahead": True, "page_size": 16},
+    ],
+    ids=str,
+)
+def test_however_it_runs(
+    fields: dict[str, Any],
+    tiny_model: Callable[[str], Path],
+    stores: Callable[[str], Path],
+    make_engine: Callable[..., Any],
+) -> None:
+    folder, store = tiny_model("llama"), stores("llama")
+    peft = Peft(folder, store)
+    driver = make_engine(folder, store=str(store), **fields)
+    check_against_peft(driver, peft, asks())
+    check_against_peft(driver, peft, asks()[::-1])
+    stats = driver.engine.stats()
+    if "kv_cache_memory" in fields:
+        assert stats.preemptions > 0
+    if "max_loras" in fields:
+        assert sum(entry.evictions for entry in stats.adapters.values()) > 0
+
+
+def test_keys_before_the_invocation_are_the_bases(
+    tiny_model: Callable[[str], Path], stores: Callable[[str], Path], make_engine: Callable[..., Any]
+) -> None:
+    folder, store = tiny_model("llama"), stores("llama")
+    driver = make_engine(folder, store=str(store))
+    driver.generate([*TEXT, 9], None, max_tokens=1)
+    for name, prompt in (("short", [*TEXT, 77, 30]), ("head", [*TEXT, 5, 6]), ("plain", [*TEXT, 77, 30])):
+        identifier = driver.submit(prompt, digest_of(name), max_tokens=2)
+        driver.run(identifier)
+        assert driver.outputs[identifier][-1].cached_tokens == (0 if name == "plain" else 8)
+    check_against_peft(driver, Peft(folder, store), [([*TEXT, 77, 30], "short"), ([*TEXT, 77, 30], None)])
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantized_base_gives_one_answer_alone_and_together(
+    quantization: str,
+    tiny_model: Callable[[str], Path],
+    stores: Callable[[str], Path],
+    make_engine: Callable[..., Any],
+) -> None:
+    driver = make_engine(tiny_model("llama"), store=str(stores("llama")), quantization=quantization)
+    alone = [driver.generate(p, name and digest_of(name)) for p, name in asks()]
+    ids = [driver.submit(p, name and digest_of(name)) for p, name in asks()]
+    assert driver.run(*ids) == alone
+
+
+def test_an_upload_is_probed_with_its_invocation(
+    tiny_model: Callable[[str], Path], stores: Callable[[str], Path], make_engine: Callable[..., Any]
+) -> None:
+    driver = make_engine(tiny_model("llama"))
+    folder = stores("llama") / "blobs" / digest_of("long")
+    driver.engine.handle(CheckAdapter("c", str(folder), digest_of("long")))
+    answers: list[AdapterChecked] = []
+    for _ in range(1000):
+        answers += [reply for reply in driver.step() if isinstance(reply, AdapterChecked)]
+        if answers:
+            break
+    info = answers[0].info
+    assert info is not None
+    assert info.effect is not None
+    assert info.effect > 0.05
+    assert "acts from the last [7, 8, 9, 7, 8] of a prompt on" in info.warnings[0]
+
+
+# ---- rows and tiles ---------------------------------------------------------------------------------
+
+
+def item(slot: int, start: int, count: int, active_from: int = 0) -> Scheduled:
+    sequence = Sequence(id="s", tokens=[1] * (start + count), sampling=SamplingParams(max_tokens=1))
+    sequence.slot, sequence.active_from = slot, active_from
+    return Scheduled(sequence, start, count, True)
+
+
+def test_rows_before_the_invocation_are_base_rows() -> None:
+    items = [
+        item(BASE_SLOT, 0, 2),
+        item(2, 0, 3, NEVER),
+        item(2, 4, 1, 9),  # all of it comes before
+        item(0, 2, 5, 4),  # two of five do
+        item(0, 0, 4, 1),
+        item(0, 8, 1, 8),
+        item(1, 9, 1),
+    ]
+    planned = sorted(items, key=lambda each: each.slot)
+    assert [each.slot for each in planned] == [-1, -1, -1, 0, 0, 0, 1]
+    rows = [(BASE_SLOT, 8), (0, 3), (BASE_SLOT, 1), (0, 4), (1, 1)]
+    stops = [8, 11, 12, 16, 17]
+    expected = [Segment(slot, stop - count, stop) for (slot, count), stop in zip(rows, stops, strict=True)]
+    assert segments_of(planned) == expected
+    assert head_segments_of(planned) == [Segment(-1, 0, 3), Segment(0, 3, 6), Segment(1, 6, 7)]
+
+
+def test_there_can_be_more_segments_than_slots() -> None:
+    segments = segments_of([item(0, 0, 2, 1) for _ in range(40)])
+    assert len(segments) == 80
+    tiles = make_tiles(segments, 80, 1, torch.device("cpu"))
+    assert int(tiles.used) == len(tiles.tiles) == 80
+
+
+def test_a_mixed_graph_takes_beginnings_as_far_as_its_tables_reach(
+    tiny_model: Callable[[str], Path], make_engine: Callable[..., Any]
+) -> None:
+    engine = make_engine(tiny_model("llama")).engine
+    graphs = MixedGraphs(
+        engine.base,
+        engine.runner._tokens,
+        page_size=4,
+        scratch_page=engine.pool.num_pages,
+        max_pages=8,
+        max_batch=32,
+        max_rows=256,
+        slots=2,
+    )
+    reach = graphs._tile_entries(128) - 1
+    for beginnings in (1, reach // 2, reach // 2 + 1):
+        planned = [item(0, 0, 4, 2) for _ in range(beginnings)]
+        fits = graphs.fits(planned)
+        assert fits == (2 * beginnings <= reach)
+        if fits:
+            make = next(graphs._hosts)
+            for each in planned:
+                each.sequence.pages = [0]
+            make.fill(planned, 128, 32, 8, None)
+            used = make._tiles[: 1 + 2 * beginnings].tolist()
+            expected = [[slot, start, stop - start] for slot, start, stop in segments_of(planned)]
+            assert used == [[2 * beginnings, 0, 0], *expected]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_graphed_equals_eager(
+    tiny_model: Callable[[str], Path], stores: Callable[[str], Path], make_engine: Callable[..., Any]
+) -> None:
+    folder, store = tiny_model("llama"), stores("llama")
+    fields: dict[str, Any] = {"store": str(store), "device": "cuda", "page_size": 16}
+    eager = make_engine(folder, enforce_eager=True, **fields)
+    expected = [eager.generate(p, name and digest_of(name)) for p, name in asks()]
+    graphed = make_engine(folder, cuda_graphs="all", **fields)
+    for driver in (eager, graphed):
+        ids = [driver.submit(p, name and digest_of(name)) for p, name in asks()]
+        assert driver.run(*ids) == expected
+    assert graphed.engine.runner.graphs.replays > 0
+    assert graphed.engine.runner.mixed_graphs.replays > 0
