@@ -24,7 +24,15 @@ from typing import NamedTuple
 
 import torch
 from benchmarks.device import Row, device_name, measure_ceilings, print_rows, write_report
-from benchmarks.engines import digest, generate, random_engine, share_host_memory, step_bytes, step_outputs
+from benchmarks.engines import (
+    count_loads,
+    digest,
+    generate,
+    random_engine,
+    share_host_memory,
+    step_bytes,
+    step_outputs,
+)
 from benchmarks.load import choose
 from benchmarks.models import SHAPES, random_base
 
@@ -57,7 +65,7 @@ def run(engine: Engine, name: str, adapters: Sequence[int], outputs: Sequence[in
     for _ in range(in_flight):
         submit()
     tokens, distinct, more = 0, [], True
-    loads, start = _loads(engine), time.perf_counter()
+    loads, start = count_loads(engine), time.perf_counter()
     while engine.has_work:
         items = step_outputs(engine)
         for item in items:
@@ -65,13 +73,9 @@ def run(engine: Engine, name: str, adapters: Sequence[int], outputs: Sequence[in
                 more = submit()
         if more:
             tokens += sum(len(item.tokens) for item in items)
-            seconds, loaded = time.perf_counter() - start, _loads(engine) - loads
+            seconds, loaded = time.perf_counter() - start, count_loads(engine) - loads
             distinct.append(len({sequence.adapter for sequence in engine.scheduler.running}))
     return Run(seconds / tokens * 1e6, loaded / seconds, statistics.mean(distinct))
-
-
-def _loads(engine: Engine) -> int:
-    return sum(adapter.loads for adapter in engine.residency._adapters.values())
 
 
 def make_resident(engine: Engine, adapters: int) -> None:

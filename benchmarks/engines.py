@@ -94,3 +94,8 @@ def step_outputs(engine: Engine) -> list[SequenceOutput]:
         if item.error is not None:
             raise RuntimeError(item.error.message)
     return items
+
+
+def count_loads(engine: Engine) -> int:
+    """How often adapters were brought to the device so far."""
+    return sum(adapter.loads for adapter in engine.residency._adapters.values())

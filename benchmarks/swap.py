@@ -23,7 +23,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from benchmarks.device import Ceilings, Row, device_name, measure_ceilings, print_rows, write_report
-from benchmarks.engines import digest, generate, random_engine, share_host_memory, step_bytes, step_outputs
+from benchmarks.engines import (
+    count_loads,
+    digest,
+    generate,
+    random_engine,
+    share_host_memory,
+    step_bytes,
+    step_outputs,
+)
 from benchmarks.models import SHAPES, adapter_bytes, random_base
 
 from veneer.engine.base import Base
@@ -104,17 +112,13 @@ def between_tokens_us(engine: Engine, tokens: int, swaps: bool) -> tuple[list[fl
     times: list[float] = []
     while engine.has_work:
         if len(step_outputs(engine)) == REQUESTS:
-            before = before if times else _loads(engine)
+            before = before if times else count_loads(engine)
             times.append(time.perf_counter())
             if swaps:
                 swapping.go_on()
-    loads = _loads(engine) - before
+    loads = count_loads(engine) - before
     swapping.finish()
     return [(b - a) * 1e6 for a, b in pairwise(times)], loads / (times[-1] - times[0])
-
-
-def _loads(engine: Engine) -> int:
-    return sum(adapter.loads for adapter in engine.residency._adapters.values())
 
 
 def swap_row(engine: Engine, woken: threading.Event, rounds: int) -> Row:

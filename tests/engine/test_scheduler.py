@@ -322,7 +322,7 @@ class Simulation:
             assert item.samples == (stop == len(sequence.tokens) + ahead)
             virtual = self.gate.virtual.get(sequence.adapter or "", 0)
             assert sequence.tokens[:virtual] == [VIRTUAL] * virtual
-            assert VIRTUAL not in sequence.own_tokens
+            assert VIRTUAL not in sequence.tokens[sequence.num_virtual or 0 :]
             assert item.start >= virtual
             assert item.lead == 0 or (item.start == virtual and not ahead)
             first = (item.start - item.lead) // self.pool.page_size

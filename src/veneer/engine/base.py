@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +91,11 @@ class Base:
 
     def weight(self, site: str) -> torch.Tensor:
         """See `veneer.adapters.methods.base.Base`."""
-        return dequantized(self._linear(site)).cpu().clone()
+        return dequantized(self._linears[site]).cpu().clone()
 
     def bias(self, site: str) -> torch.Tensor | None:
         """See `veneer.adapters.methods.base.Base`."""
-        found = dequantized_bias(self._linear(site))
+        found = dequantized_bias(self._linears[site])
         return None if found is None else found.cpu().clone()
 
     @property
@@ -116,10 +117,10 @@ class Base:
         path = "" if attribute == "norm" else f"{parent}."
         return tuple(f"{path}{suffix}" for suffix in suffixes if f"{path}{suffix}" in self.sites)
 
-    def _linear(self, site: str) -> nn.Module:
-        index = list(self.sites).index(site)
-        modules = self.model.modules()
-        return next(m.base for m in modules if isinstance(m, AdaptedLinear) and m.site == index)
+    @cached_property
+    def _linears(self) -> dict[str, nn.Module]:
+        names = list(self.sites)
+        return {names[m.site]: m.base for m in self.model.modules() if isinstance(m, AdaptedLinear)}
 
     def memory_bytes(self) -> int:
         """Bytes of all weights, each storage counted once."""

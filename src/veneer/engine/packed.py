@@ -129,6 +129,11 @@ class FusedPart(nn.Module):
     def group(self) -> FusedGroup:
         return self._group[0]
 
+    @property
+    def own(self) -> Linear | None:
+        """This linear by itself, in the memory of all; None where the layout does not allow it."""
+        return self.group._narrowed[self.index]
+
 
 class FusedGroup:
     """The linears of one input, and their output between the first call and the last."""
@@ -243,8 +248,9 @@ def _bias(modules: Sequence[Any]) -> torch.Tensor | None:
 def dequantized(module: Any) -> torch.Tensor:
     """The weight [out, in] that a linear of the base multiplies with, float32 on its device."""
     if isinstance(module, FusedPart):
-        start = sum(module.group.sizes[: module.index])
-        return dequantized(module.group.whole)[start : start + module.out_features]
+        if module.own is not None:
+            return dequantized(module.own)
+        return torch.split(dequantized(module.group.whole), list(module.group.sizes))[module.index]
     if isinstance(module, PackedLinear):
         return unpack_nf4(module._weight, torch.float32)
     dequantize = torch.ops.bitsandbytes.dequantize_4bit
@@ -267,8 +273,7 @@ def dequantized_bias(module: Any) -> torch.Tensor | None:
     """The bias [out] of a linear of the base, float32 on its device."""
     if isinstance(module, FusedPart):
         whole = dequantized_bias(module.group.whole)
-        start = sum(module.group.sizes[: module.index])
-        return None if whole is None else whole[start : start + module.out_features]
+        return None if whole is None else torch.split(whole, list(module.group.sizes))[module.index]
     bias = getattr(module, "bias", None)
     return None if bias is None else bias.detach().float()
 

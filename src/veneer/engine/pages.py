@@ -10,8 +10,8 @@ A full page is cached under a key chained over everything before it: blake2b(par
 parent of the first page on which the adapter acts go its digest and the place in the page from which on it does:
 another prompt can have the same tokens there and be invoked elsewhere. Keys and values depend on nothing else, so
 names never matter, no adapter sees another's pages, and those before the invocation are the base's. Pages of
-virtual tokens, which all sequences of an adapter begin with, are always
-cached, those of other tokens only with prefix caching.
+virtual tokens, which all sequences of an adapter begin with, are always cached, those of other tokens only with
+prefix caching.
 """
 
 from __future__ import annotations
@@ -50,18 +50,23 @@ class PagePool:
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
-    def can_allocate(self, sequence: Sequence) -> bool:
+    def can_allocate(self, sequence: Sequence, length: int | None = None) -> bool:
         """Whether `allocate` would succeed."""
+        length = len(sequence.tokens) if length is None else length
         cached = self.lookup(sequence) if not sequence.pages else []
         idle = sum(page in self._idle for page in cached)  # reusing these makes them unavailable
-        missing = self.pages_for(len(sequence.tokens)) - len(sequence.pages) - len(cached)
+        missing = self.pages_for(length) - len(sequence.pages) - len(cached)
         return missing <= self.available - idle
 
-    def allocate(self, sequence: Sequence) -> None:
-        """Extend the block table over all tokens; the first time, begin with the cached prefix."""
+    def allocate(self, sequence: Sequence, length: int | None = None) -> None:
+        """Extend the block table over `length` tokens (unless told: all that are known).
+
+        The first time, it begins with the cached prefix.
+        """
+        length = len(sequence.tokens) if length is None else length
         if not sequence.pages:
             self._reuse_prefix(sequence)
-        for _ in range(self.pages_for(len(sequence.tokens)) - len(sequence.pages)):
+        for _ in range(self.pages_for(length) - len(sequence.pages)):
             sequence.pages.append(self._take())
 
     def free(self, sequence: Sequence) -> None:

@@ -31,7 +31,7 @@ from veneer.engine.graphs import (
 from veneer.engine.messages import TokenLogprobs
 from veneer.engine.sampling import Sampled, SamplingRow, sample, upload
 from veneer.engine.scheduler import Batch, Scheduled
-from veneer.engine.virtual_tokens import VirtualTokens
+from veneer.engine.virtual_tokens import VirtualTokens, slots_of
 from veneer.kernels.attention import PagedBatch
 from veneer.kernels.low_rank import Workspace, make_tiles
 from veneer.kernels.tables import RowTiles, Segment
@@ -134,10 +134,8 @@ class Runner:
             "slots": self._slots,
         }
         pool = torch.cuda.graph_pool_handle()
-        mixed = None
-        if (
-            everything and self._max_rows >= MIXED_BUCKETS[0]
-        ):  # they come first, because they need the most memory
+        mixed = None  # captured first, because they need the most memory
+        if everything and self._max_rows >= MIXED_BUCKETS[0]:
             mixed = MixedGraphs(self.base, self._tokens, max_rows=self._max_rows, **sizes)
         graphs = DecodeGraphs(self.base, self._tokens, **sizes, transforms=everything)
         counts = [0 if family is None else family.capture(pool) for family in (mixed, graphs)]
@@ -219,10 +217,7 @@ class Runner:
         starts = [0, *accumulate(item.count for item in planned)]
         positions = [np.arange(item.start, stop) for item, stop in zip(planned, stops, strict=True)]
         tables = [item.sequence.pages[: -(-stop // size)] for item, stop in zip(planned, stops, strict=True)]
-        slots = [
-            np.array(table)[position // size] * size + position % size
-            for table, position in zip(tables, positions, strict=True)
-        ]
+        slots = [slots_of(table, position, size) for table, position in zip(tables, positions, strict=True)]
         for item, after in zip(planned, starts[1:], strict=True):
             ids += [0] if previous else item.sequence.tokens[item.start : item.start + item.count]
             if item.samples:
@@ -249,9 +244,9 @@ class Runner:
 
     def _sampling_row(self, item: Scheduled) -> SamplingRow:
         sequence = item.sequence
-        p = sequence.sampling
-        tokens = sequence.own_tokens
-        num_prompt = sequence.num_prompt_tokens - (sequence.num_virtual or 0)
-        position = item.start + item.count - sequence.num_prompt_tokens
+        p, num_prompt = sequence.sampling, sequence.num_prompt_tokens
+        position = item.start + item.count - num_prompt
         forbidden = [*self.base.eos_token_ids, *p.stop_token_ids] if position < p.min_tokens else []
-        return SamplingRow(p, tokens, num_prompt, position, forbidden)
+        return SamplingRow(
+            p, sequence.tokens, num_prompt, position, forbidden, num_virtual=sequence.num_virtual or 0
+        )

@@ -29,10 +29,11 @@ class SamplingRow:
     """What one row needs besides its logits."""
 
     params: SamplingParams
-    tokens: Sequence[int]  # prompt and output; the last may be missing while only the device knows it
-    num_prompt: int  # tokens of the prompt
+    tokens: Sequence[int]  # virtual ones, prompt and output; the last may be known to the device alone
+    num_prompt: int  # tokens of the prompt, virtual ones included
     position: int  # tokens generated before the one to choose
     forbidden: Sequence[int] = ()  # token ids that may not be chosen now (end tokens below min_tokens)
+    num_virtual: int = 0  # tokens in front of the prompt that have no ids
 
     @property
     def is_pending(self) -> bool:
@@ -162,7 +163,7 @@ def _penalize(scores: torch.Tensor, rows: Sequence[SamplingRow], last: torch.Ten
         assert last is not None  # the runner knows it of every row
         counts.scatter_add_(1, last.long().unsqueeze(1), pending)
     if any(row.params.repetition_penalty != 1.0 for row in rows):
-        seen = _counts(scores, [row.tokens[: row.num_prompt] for row in rows]) + counts > 0
+        seen = _counts(scores, [row.tokens[row.num_virtual : row.num_prompt] for row in rows]) + counts > 0
         penalized = torch.where(scores > 0, scores / repetition, scores * repetition)
         scores = torch.where(seen, penalized, scores)
     return scores - frequency * counts - presence_ * (counts > 0)

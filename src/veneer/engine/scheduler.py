@@ -18,15 +18,13 @@ from __future__ import annotations
 from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
 from typing import NamedTuple, Protocol
 
 from veneer.engine.pages import PagePool
 from veneer.engine.sequence import Sequence
 from veneer.errors import InvalidRequest, QueueFull
-
-UNKNOWN = -1  # stands for a token where only the number of tokens matters
 
 
 class AdapterGate(Protocol):
@@ -254,11 +252,9 @@ class Scheduler:
 
     def _reach(self, sequence: Sequence, length: int) -> bool:
         """Get the page for the last of `length` tokens, one more than are known, if there is one."""
-        if self.pool.pages_for(length) > len(sequence.pages):
-            longer = replace(sequence, tokens=[UNKNOWN] * length)  # shares the block table
-            if not self.pool.can_allocate(longer):
-                return False
-            self.pool.allocate(longer)
+        if not self.pool.can_allocate(sequence, length):
+            return False
+        self.pool.allocate(sequence, length)
         return True
 
     def _ends_with(self, item: Scheduled) -> bool:

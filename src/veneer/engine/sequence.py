@@ -58,11 +58,6 @@ class Sequence:
         self.active_from = next(found, NEVER)
 
     @property
-    def own_tokens(self) -> list[int]:
-        """The tokens that have ids: the request's prompt and the output."""
-        return self.tokens[self.num_virtual :] if self.num_virtual else self.tokens
-
-    @property
     def is_running(self) -> bool:
         return bool(self.pages)
 

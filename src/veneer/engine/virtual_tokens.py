@@ -10,6 +10,7 @@ from collections.abc import Sequence as Rows
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from veneer.adapters.residency import Residency, ResidentPrompt
 from veneer.engine.base import Base
@@ -18,6 +19,11 @@ from veneer.engine.scheduler import Scheduled
 from veneer.kernels.attention import PagedBatch, write_kv
 from veneer.kernels.low_rank import make_tiles
 from veneer.kernels.tables import BASE_SLOT, Segment
+
+
+def slots_of(pages: list[int], positions: NDArray[np.int64], page_size: int) -> NDArray[np.int64]:
+    """Where the tokens at `positions` of a sequence stand in the cache seen as a row of slots."""
+    return np.asarray(pages, np.int64)[positions // page_size] * page_size + positions % page_size
 
 
 class VirtualTokens:
@@ -90,7 +96,5 @@ class VirtualTokens:
             use_cache=False,
         )
 
-    def _slots(self, pages: list[int], start: int, stop: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """Places of the tokens [start, stop) in the cache seen as a row of slots."""
-        position = np.arange(start, stop)
-        return np.asarray(pages)[position // self._page_size] * self._page_size + position % self._page_size
+    def _slots(self, pages: list[int], start: int, stop: int) -> NDArray[np.int64]:
+        return slots_of(pages, np.arange(start, stop), self._page_size)

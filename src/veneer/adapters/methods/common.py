@@ -292,7 +292,13 @@ def per_site(
     """The value for each site: that of the first key of the config's `field` that matches it, or `default`."""
     pattern = pattern or {}
     first = compile_pattern(field, pattern)
-    keys = [first(site.name) for site in sites]
+    return _decided([first(site.name) for site in sites], field, pattern, default, warnings)
+
+
+def _decided(
+    keys: list[str | None], field: str, pattern: Mapping[str, V], default: V, warnings: list[str]
+) -> list[V]:
+    """The values for the keys that decide for each site; a key that decides for none is worth a warning."""
     if idle := [key for key in pattern if key not in keys]:
         warnings.append(f"{field}: {listed(idle)} decides for no layer.")
     return [default if key is None else pattern[key] for key in keys]
@@ -318,9 +324,7 @@ def per_inner_site(
         )
     first = compile_pattern(field, pattern)
     keys = [first(f"\0{site.name}") or (site.name if site.name in pattern else None) for site in sites]
-    if idle := [key for key in pattern if key not in keys]:
-        warnings.append(f"{field}: {listed(idle)} decides for no layer.")
-    return [default if key is None else pattern[key] for key in keys]
+    return _decided(keys, field, pattern, default, warnings)
 
 
 def random_positions(site: Site, count: int, seed: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import msgspec
 import torch
 
-from veneer.adapters.checkpoint import Checkpoint, listed, shown
+from veneer.adapters.checkpoint import Checkpoint, shown
 from veneer.adapters.methods.base import Base
 from veneer.adapters.methods.common import (
     CAUSAL,
@@ -33,8 +33,9 @@ from veneer.adapters.methods.common import (
     Common,
     Refusal,
     Targeting,
+    add_head_copy,
     choose_sites,
-    compile_pattern,
+    per_site,
     read_fields,
     wrong,
 )
@@ -156,11 +157,7 @@ def lower(checkpoint: Checkpoint, base: Base, max_rank: int) -> Program:
     biases = _replaced_biases(config, sites, base)
     shapes |= {key: tuple(bias.shape) for key, bias in biases.values()}
     shapes |= _unread(config, sites, checkpoint)
-    dump = f"{PREFIX}{HEAD}.base_layer.weight"
-    if dump in checkpoint.header and any(item.site.name == HEAD for item in sites):
-        # PEFT adds the frozen weight of a targeted head to the file. It is the base's own and is not read.
-        shapes[dump] = (base.sites[HEAD].out_features, base.sites[HEAD].in_features)
-        warnings.append(f"{dump}: this copy of the base's output head is not used.")
+    add_head_copy(shapes, checkpoint.header, [item.site for item in sites], warnings)
     if config.fan_in_fan_out:
         warnings.append(
             "fan_in_fan_out: true has no effect on a base of linear layers; PEFT sets it to false."
@@ -222,24 +219,15 @@ def _invocation(config: Honoured, base: Base, warnings: list[str]) -> tuple[int,
 
 
 def _scaled(config: Honoured, sites: list[Site], max_rank: int, warnings: list[str]) -> list[_Scaled]:
-    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
-    rank_key, alpha_key = compile_pattern("rank_pattern", ranks), compile_pattern("alpha_pattern", alphas)
-    used: dict[str, set[str | None]] = {"rank_pattern": set(), "alpha_pattern": set()}
+    ranks = per_site(sites, "rank_pattern", config.rank_pattern, config.r, warnings)
+    alphas = per_site(sites, "alpha_pattern", config.alpha_pattern, config.lora_alpha, warnings)
     scaled = []
-    for site in sites:
-        in_ranks, in_alphas = rank_key(site.name), alpha_key(site.name)
-        used["rank_pattern"].add(in_ranks)
-        used["alpha_pattern"].add(in_alphas)
-        rank = config.r if in_ranks is None else ranks[in_ranks]
-        alpha = config.lora_alpha if in_alphas is None else alphas[in_alphas]
+    for site, rank, alpha in zip(sites, ranks, alphas, strict=True):
         if not 1 <= rank <= max_rank:
             rule = f"the rank of {site.name} must be from 1 to {max_rank} (--max-lora-rank)"
-            raise wrong("r" if in_ranks is None else "rank_pattern", rank, rule)
+            raise wrong("r" if rank == config.r else "rank_pattern", rank, rule)
         scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
         scaled.append(_Scaled(site, rank, scale, *_blocks(config.use_bdlora, site, rank)))
-    for field, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
-        if idle := [key for key in pattern if key not in used[field]]:
-            warnings.append(f"{field}: {listed(idle)} decides for no layer.")
     return scaled
 
 

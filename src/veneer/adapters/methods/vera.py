@@ -11,10 +11,9 @@ Keys are `base_model.model.<module>.vera_lambda_b` [out], `vera_lambda_d` [r], a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from msgspec import Meta
 
 from veneer.adapters.checkpoint import Checkpoint
 from veneer.adapters.methods.base import Base
@@ -26,6 +25,7 @@ from veneer.adapters.methods.common import (
     WHOLE_MODULES,
     Common,
     Refusal,
+    Seed,
     Targeting,
     add_head_copy,
     check_rank,
@@ -41,7 +41,7 @@ class Shared(Targeting, frozen=True, kw_only=True):
     """What VERA and PVERA honour alike, with peft's defaults."""
 
     r: int = 256
-    projection_prng_key: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] = 0  # what torch takes as a seed
+    projection_prng_key: Seed = 0
     save_projection: bool = True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,63 +31,57 @@ def run_first_task(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     return run_with_peft(lambda input_ids: model(input_ids=input_ids, task_ids=torch.tensor([0])), tokens)
 
 
+prompt_case = partial(peft_case, randomize=randomize)
+
 CASES = [
-    peft_case(
+    prompt_case(
         "PREFIX_TUNING",
         "",
         lambda model: PrefixTuningConfig(**_TASK, num_virtual_tokens=20),
-        randomize=randomize,
     ),
-    peft_case(
+    prompt_case(
         "PREFIX_TUNING",
         "projection",
         lambda model: PrefixTuningConfig(
             **_TASK, num_virtual_tokens=7, prefix_projection=True, encoder_hidden_size=32
         ),
-        randomize=randomize,
     ),
-    peft_case(
+    prompt_case(
         "CARTRIDGE",
         "",
         lambda model: CartridgeConfig(**_TASK, num_virtual_tokens=16, num_frozen_tokens=2),
-        randomize=randomize,
     ),
-    peft_case(
+    prompt_case(
         "PROMPT_TUNING",
         "",
         lambda model: PromptTuningConfig(**_TASK, num_virtual_tokens=20),
-        randomize=randomize,
     ),
-    peft_case(
+    prompt_case(
         "P_TUNING",
         "MLP",
         lambda model: PromptEncoderConfig(**_TASK, num_virtual_tokens=9, encoder_hidden_size=32),
-        randomize=randomize,
     ),
-    peft_case(
+    prompt_case(
         "P_TUNING",
         "LSTM",
         lambda model: PromptEncoderConfig(
             **_TASK, num_virtual_tokens=9, encoder_reparameterization_type="LSTM", encoder_hidden_size=32
         ),
-        randomize=randomize,
     ),
-    peft_case(
+    prompt_case(
         "MULTITASK_PROMPT_TUNING",
         "",
         lambda model: MultitaskPromptTuningConfig(**_TASK, num_virtual_tokens=11, num_ranks=2),
-        randomize=randomize,
         run=run_first_task,
     ),
-    peft_case(
+    prompt_case(
         "MULTITASK_PROMPT_TUNING",
         "two tasks",
         lambda model: MultitaskPromptTuningConfig(**_TASK, num_virtual_tokens=11, num_tasks=2),
-        randomize=randomize,
         run=run_first_task,
         refused=True,
     ),
-    peft_case(
+    prompt_case(
         "CPT",
         "",
         lambda model: CPTConfig(
@@ -97,6 +92,5 @@ CASES = [
             opt_projection_epsilon=5.0,
             opt_projection_format_epsilon=5.0,
         ),
-        randomize=randomize,
     ),
 ]
