@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM
 
 from veneer.adapters.checkpoint import Checkpoint
 from veneer.adapters.methods import adalora, delora, gralora, hra, loha, lokr, miss, randlora
+from veneer.adapters.methods.base import Limits
 from veneer.adapters.names import CONFIG_FILE, WEIGHTS_FILE
 from veneer.adapters.program import Program, Site, SiteProgram
 from veneer.adapters.registry import lower
@@ -61,6 +62,8 @@ class TinyBase:
     """The conformance base as a method sees it."""
 
     model: Any
+    limits: Limits = Limits()  # noqa: RUF009  (a tuple)
+    dtype: torch.dtype = torch.float32
 
     @property
     def sites(self) -> dict[str, Site]:
@@ -127,10 +130,12 @@ def refusal(folder: Path, base: TinyBase, *, max_rank: int = 64) -> str:
 
 
 def log_probabilities(tiny: TinyBase, program: Program | None) -> torch.Tensor:
-    """Of the base with the primitives of a program: y += B^T (A x)."""
+    """Of the base with the primitives of a program: y += B^T (A x) + D x."""
 
     def hook(site: SiteProgram) -> Callable[..., torch.Tensor]:
-        a, b = site.a, site.b
+        a, b, dense = site.a, site.b, site.dense
+        if dense is not None:
+            return lambda module, inputs, y: y + inputs[0] @ dense.T
         assert a is not None
         assert b is not None
         return lambda module, inputs, y: y + inputs[0] @ a.T @ b
@@ -158,9 +163,7 @@ def test_outputs_equal_pefts(case: Case, made: Callable[[str], Path], tiny: Tiny
     program = lower(folder, tiny, 64)
     assert_equals_peft(case, folder, tiny, program)
     for site in program.sites.values():
-        assert site.a is not None
-        assert site.b is not None
-        for tensor in (site.a, site.b):
+        for tensor in site.tensors:
             assert tensor.is_contiguous()
             assert tensor.dtype == torch.float32
     proportional = case.kind == "HRA" or case.method == "MISS bat"
@@ -289,8 +292,17 @@ def test_wrong_values_are_refused_before_a_tensor_is_read(
 
 
 def test_a_dense_change_over_the_limit_names_the_limit(made: Callable[[str], Path], tiny: TinyBase) -> None:
-    for method in ("MISS bat", "RANDLORA"):
-        assert "--max-lora-rank" in refusal(made(method), tiny, max_rank=31)
+    small = dataclasses.replace(tiny, limits=Limits(module_bytes=8191))
+    for method in ("MISS bat", "RANDLORA", "LOKR whole factors"):
+        message = refusal(made(method), small)
+        assert re.search(r"no product of rank \d+ or less, and takes \d+ bytes in full", message)
+        assert "The limit is 8191 (--max-module-bytes)" in message
+
+
+def test_randlora_says_what_16_bits_do_to_it(made: Callable[[str], Path], tiny: TinyBase) -> None:
+    assert not lower(made("RANDLORA"), tiny, 64).warnings
+    [warning] = lower(made("RANDLORA"), dataclasses.replace(tiny, dtype=torch.bfloat16), 64).warnings
+    assert "--dtype float32" in warning
 
 
 # ---- tensors --------------------------------------------------------------------------------------
@@ -355,7 +367,9 @@ def test_factorization_is_pefts() -> None:
 
 
 def test_lokr_needs_the_product_of_the_ranks(made: Callable[[str], Path], tiny: TinyBase) -> None:
-    assert "needs rank 64, the limit is 63" in refusal(made("LOKR patterns"), tiny, max_rank=63)
+    programs = [lower(made("LOKR patterns"), tiny, limit) for limit in (64, 23)]
+    assert [program.primitives for program in programs] == [("low_rank", "dense")] * 2
+    assert [program.rank for program in programs] == [24, 8]
     assert lower(made("LOKR both of low rank"), tiny, 4).rank == 4
 
 
@@ -388,9 +402,9 @@ def test_randlora_without_a_copy_for_each_layer(copied: Callable[..., Path], tin
 
     edit(folder, drop)
     after = lower(folder, tiny, 64).sites[V]
-    assert before.a is not None
-    assert after.a is not None
-    assert torch.equal(before.a, after.a)
+    assert before.dense is not None
+    assert after.dense is not None
+    assert torch.equal(before.dense, after.dense)
 
 
 def test_randlora_bases_must_agree(copied: Callable[..., Path], tiny: TinyBase) -> None:

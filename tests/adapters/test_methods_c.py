@@ -21,8 +21,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from veneer.adapters.checkpoint import Checkpoint
 from veneer.adapters.methods import c3a, common, fourierft, glora, hira, shira, supertuning, waveft
+from veneer.adapters.methods.base import Limits
+from veneer.adapters.methods.changes import change, is_product, sparse_change
 from veneer.adapters.names import CONFIG_FILE, WEIGHTS_FILE
-from veneer.adapters.program import Program, Site, SiteProgram
+from veneer.adapters.program import Program, Site, SiteProgram, SparseMatrix
 from veneer.adapters.registry import lower
 from veneer.errors import AdapterRefused
 
@@ -106,6 +108,8 @@ class ModelBase:
     """A transformers model as a base, as far as these methods ask."""
 
     model: Any
+    limits: Limits = Limits()  # noqa: RUF009  (a tuple)
+    dtype: torch.dtype = torch.float32
 
     @property
     def sites(self) -> Mapping[str, Site]:
@@ -119,6 +123,9 @@ class ModelBase:
     def bias(self, site: str) -> torch.Tensor | None:
         bias = self.model.get_submodule(site).bias
         return None if bias is None else bias.detach().clone()
+
+
+BASE: Any = ModelBase(None)  # its limits are all that is asked
 
 
 @dataclass(frozen=True)
@@ -167,18 +174,29 @@ def save(tmp_path: Path) -> Callable[..., Saved]:
     return make
 
 
+def dense(matrix: SparseMatrix, columns: int) -> torch.Tensor:
+    counts = matrix.starts.diff()
+    found = torch.zeros(len(counts), columns)
+    found[torch.repeat_interleave(torch.arange(len(counts)), counts), matrix.columns] = matrix.values
+    return found
+
+
 def apply(model: nn.Module, program: Program) -> None:
-    """y = scale y + B^T (A x) + beta at each site."""
+    """y = scale y + B^T (A x) + beta + D x at each site."""
 
     def hook(site: SiteProgram) -> Callable[..., torch.Tensor]:
-        def change(module: nn.Module, inputs: tuple[torch.Tensor], y: torch.Tensor) -> torch.Tensor:
+        def adapted(module: nn.Module, inputs: tuple[torch.Tensor], y: torch.Tensor) -> torch.Tensor:
             if site.scale_out is not None:
                 y = y * site.scale_out
             if site.a is not None and site.b is not None:
                 y = y + inputs[0] @ site.a.T @ site.b
+            if site.dense is not None:
+                y = y + inputs[0] @ site.dense.T
+            if site.sparse is not None:
+                y = y + inputs[0] @ dense(site.sparse, inputs[0].shape[-1]).T
             return y if site.bias is None else y + site.bias
 
-        return change
+        return adapted
 
     for name, site in program.sites.items():
         model.get_submodule(name).register_forward_hook(hook(site))
@@ -196,7 +214,7 @@ def compare(saved: Saved, tokens: torch.Tensor) -> Program:
     assert (plain - expected).abs().max() > 1e-3 * scale, "the adapter must matter"
     assert (model(tokens).logits - expected).abs().max() < 1e-5 * scale
     for site in program.sites.values():
-        assert all(t.is_contiguous() and t.dtype == torch.float32 for t in site.tensors)
+        assert all(t.is_contiguous() and t.dtype in (torch.float32, torch.int32) for t in site.tensors)
     return program
 
 
@@ -211,8 +229,7 @@ def test_logits_equal_pefts(
 @pytest.mark.parametrize("form", ["lora", "vector", "constant"])
 def test_glora_without_biases(form: str, save: Callable[..., Saved], tokens: torch.Tensor) -> None:
     program = compare(save("GLORA", config_A_B=form), tokens)
-    assert program.primitives == (("low_rank",) if form == "lora" else ("low_rank", "output_scale"))
-    assert program.rank == (64 if form == "lora" else 1)
+    assert program.primitives == (("dense",) if form == "lora" else ("low_rank", "output_scale"))
 
 
 def test_portability(tmp_path: Path, save: Callable[..., Saved]) -> None:
@@ -303,21 +320,29 @@ def test_tensors_must_be_exactly_those_of_the_config(
     assert "cannot replace the base's own" in saved.refusal()
 
 
-@pytest.mark.parametrize("kind", METHODS)
-def test_ranks_over_the_limit_are_refused_with_the_rank(kind: str, save: Callable[..., Saved]) -> None:
-    message = save(kind).refusal(max_rank=8)
-    assert "q_proj has a rank from 16 to 64, the limit is 8 (--max-lora-rank)" in message
-
-
-@pytest.mark.parametrize(
-    ("kind", "fields", "rank"), [("FOURIERFT", {}, 6), ("WAVEFT", {"use_idwt": False}, 3)]
-)
-def test_a_few_entries_are_of_low_rank(
-    kind: str, fields: dict[str, Any], rank: int, save: Callable[..., Saved], tokens: torch.Tensor
+@pytest.mark.parametrize("kind", ["FOURIERFT", "C3A", "HIRA", "GLORA"])
+def test_full_changes_over_the_limit_are_refused_with_their_size(
+    kind: str, save: Callable[..., Saved]
 ) -> None:
-    saved = save(kind, n_frequency=3, **fields)
-    assert compare(saved, tokens).rank == rank
-    assert f"has rank {rank}, the limit is {rank - 1}" in saved.refusal(rank - 1)
+    saved = save(kind)
+    small = dataclasses.replace(saved.base, limits=Limits(module_bytes=1000))
+    with pytest.raises(AdapterRefused) as error:
+        lower(saved.folder, small, LIMIT)
+    assert "takes 16384 bytes in full, [64, 64] numbers of 4 bytes" in error.value.message
+    assert "The limit is 1000 (--max-module-bytes)" in error.value.message
+
+
+def test_a_few_frequencies_are_of_low_rank(save: Callable[..., Saved], tokens: torch.Tensor) -> None:
+    saved = save("FOURIERFT", n_frequency=3)
+    assert compare(saved, tokens).rank == 6
+    primitives = lower(saved.folder, saved.base, 5).primitives
+    assert "dense" in primitives  # the change in full, as exact
+
+
+def test_few_entries_are_stored_by_themselves(save: Callable[..., Saved], tokens: torch.Tensor) -> None:
+    program = compare(save("WAVEFT", n_frequency=3, use_idwt=False), tokens)
+    assert program.primitives == ("sparse",)
+    assert all(site.sparse and len(site.sparse.values) == 3 for site in program.sites.values())
 
 
 @pytest.mark.parametrize(
@@ -414,37 +439,71 @@ def test_what_velora_trains_with_is_refused_elsewhere(save: Callable[..., Saved]
     assert "lora_velora_embed" in saved.refusal()
 
 
-# ---- factor ---------------------------------------------------------------------------------------
+# ---- the form of a change ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("out", "inside", "rank"), [(64, 128, 9), (300, 40, 40), (5, 7, 2), (700, 900, 33)])
+@pytest.mark.parametrize(("out", "inside", "rank"), [(64, 128, 9), (300, 40, 35), (5, 7, 2), (700, 900, 33)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_factor_finds_the_exact_rank(out: int, inside: int, rank: int, dtype: torch.dtype) -> None:
+def test_a_change_of_low_rank_is_a_product(out: int, inside: int, rank: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     delta = torch.randn(out, rank, dtype=dtype) @ torch.randn(rank, inside, dtype=dtype)
     site = Site("here", inside, out)
-    a, b = common.factor(delta, site, rank)
-    assert (a.shape, b.shape) == ((rank, inside), (rank, out))
-    assert a.is_contiguous()
-    assert b.is_contiguous()
-    assert (b.double().T @ a.double() - delta).abs().max() < 1e-6 * delta.abs().max()
-    with pytest.raises(AdapterRefused, match=rf"here has rank {rank}, the limit is {rank - 1} \(--max"):
-        common.factor(delta, site, rank - 1)
+    found = change(site, delta, rank, BASE)
+    assert found.primitives == {"low_rank"}
+    assert found.a is not None
+    assert found.b is not None
+    assert (found.a.shape, found.b.shape) == ((rank, inside), (rank, out))
+    assert all(tensor.is_contiguous() for tensor in found.tensors)
+    assert (found.b.double().T @ found.a.double() - delta).abs().max() < 1e-6 * delta.abs().max()
+    whole = change(site, delta, rank - 1, BASE)
+    assert whole.dense is not None
+    assert whole.dense.equal(delta.float())
 
 
-def test_factor_of_nothing_is_zero() -> None:
-    a, b = common.factor(torch.zeros(8, 6), Site("here", 6, 8), 4)
-    assert a.shape == (1, 6)
-    assert not (b.T @ a).any()
+def test_a_product_is_smaller_than_the_change() -> None:
+    """30 + 20 numbers for each rank: eleven ranks take 550, twelve as many as the change itself, 600."""
+    site = Site("here", 30, 20)
+    torch.manual_seed(0)
+    for rank, primitive in ((11, "low_rank"), (12, "dense")):
+        delta = torch.randn(20, rank).double() @ torch.randn(rank, 30).double()
+        assert change(site, delta, 64, BASE).primitives == {primitive}
+        assert is_product(site, rank, 64) == (primitive == "low_rank")
+    assert not is_product(site, 11, 10)
 
 
-def test_factor_keeps_small_directions() -> None:
+def test_no_change_is_the_identity() -> None:
+    assert change(Site("here", 6, 8), torch.zeros(8, 6), 4, BASE).is_identity
+    nothing = sparse_change(Site("here", 60, 80), torch.zeros(2, 3).long(), torch.zeros(3), 4, BASE)
+    assert nothing.is_identity
+
+
+def test_small_directions_are_kept() -> None:
     """What the probes leave out is measured: a full rank is never cut to the limit."""
     delta = torch.diag(torch.logspace(0, -5, 200, dtype=torch.double))
-    with pytest.raises(AdapterRefused, match="rank from 72 to 200, the limit is 64"):
-        common.factor(delta, Site("here", 200, 200), 64)
+    assert change(Site("here", 200, 200), delta, 64, BASE).primitives == {"dense"}
 
 
-def test_factor_refuses_what_overflows() -> None:
+def test_entries_are_added_up_where_they_coincide() -> None:
+    site = Site("here", 50, 40)
+    places = torch.tensor([[3, 0, 3, 39], [7, 49, 7, 0]])
+    found = sparse_change(site, places, torch.tensor([1.0, 2.0, 0.5, 3.0]), 8, BASE)
+    assert found.sparse is not None
+    expected = torch.zeros(40, 50)
+    expected[3, 7], expected[0, 49], expected[39, 0] = 1.5, 2, 3
+    assert dense(found.sparse, 50).equal(expected)
+
+
+def test_many_entries_are_a_change_in_full() -> None:
+    places = torch.ones(40, 50).nonzero().T
+    values = torch.arange(2000).sin()
+    found = sparse_change(Site("here", 50, 40), places, values, 1, BASE)
+    assert found.dense is not None
+    assert found.dense.equal(values.view(40, 50))
+
+
+def test_what_overflows_is_refused() -> None:
+    site = Site("here", 30, 30)
     with pytest.raises(AdapterRefused, match="here overflows"):
-        common.factor(torch.full((3, 3), float("inf")), Site("here", 3, 3), 3)
+        change(site, torch.full((30, 30), 1e300, dtype=torch.double), 3, BASE)
+    with pytest.raises(AdapterRefused, match="here overflows"):
+        sparse_change(site, torch.tensor([[1], [1]]), torch.tensor([1e300]).double(), 3, BASE)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from veneer.adapters.arena import ALIGNMENT
 from veneer.adapters.packing import pack, packed_size
-from veneer.adapters.program import Program, Prompt, Site, SiteProgram
+from veneer.adapters.program import Program, Prompt, Site, SiteProgram, SparseMatrix, TokenRows
 from veneer.errors import AdapterRefused
 from veneer.kernels.tables import (
     ABSENT,
@@ -18,10 +20,14 @@ from veneer.kernels.tables import (
     OUT_OFFSET,
     OUT_PAIR,
     RANK,
+    SPARSE_OFFSET,
+    TOKENS,
+    TOKENS_OFFSET,
     absent_entries,
+    int_elements,
 )
 
-SITES = [Site("q", 24, 40), Site("k", 24, 16), Site("v", 24, 16), Site("o", 40, 24)]
+SITES = [Site("q", 24, 40), Site("k", 24, 16), Site("v", 24, 16), Site("o", 40, 24), Site("dense", 24, 8)]
 
 
 def example() -> Program:
@@ -32,6 +38,7 @@ def example() -> Program:
             "o": SiteProgram(bias=torch.randn(24)),
             "q": SiteProgram(torch.randn(5, 24), torch.randn(5, 40), torch.randn(40)),
             "v": SiteProgram(torch.randn(33, 24), torch.randn(33, 16)),
+            "dense": SiteProgram(dense=torch.randn(8, 24)),
             "k": SiteProgram(
                 rotate_in=torch.randn(3, 8, 8), scale_out=torch.randn(16), cross_out=torch.randn(16), pair=4
             ),
@@ -44,10 +51,10 @@ def test_entries_find_every_tensor_at_its_true_rank(dtype: torch.dtype) -> None:
     program = example()
     packed = pack(program, SITES, dtype, pin=False)
     assert packed.blob.dtype == dtype
-    assert packed.entries.shape == (4, COLUMNS)
-    assert packed.entries[:, RANK].tolist() == [5, 0, 33, 0]
-    assert packed.entries[:, IN_BLOCK].tolist() == [0, 8, 0, 0]
-    assert packed.entries[:, OUT_PAIR].tolist() == [0, 4, 0, 0]
+    assert packed.entries.shape == (5, COLUMNS)
+    assert packed.entries[:, RANK].tolist() == [5, 0, 33, 0, 0]
+    assert packed.entries[:, IN_BLOCK].tolist() == [0, 8, 0, 0, 0]
+    assert packed.entries[:, OUT_PAIR].tolist() == [0, 4, 0, 0, 0]
     taken = 0
     for index, site in enumerate(SITES):
         part = program.sites.get(site.name, SiteProgram())
@@ -55,7 +62,7 @@ def test_entries_find_every_tensor_at_its_true_rank(dtype: torch.dtype) -> None:
         scales = None
         if part.scale_out is not None and part.cross_out is not None:
             scales = torch.stack((part.scale_out - 1, part.cross_out))
-        stored = (part.a, part.b, part.bias, turn, scales)
+        stored = (part.a, part.b, part.bias, turn, scales, part.dense, None, None)
         for offset, tensor in zip(packed.entries[index, OFFSETS].tolist(), stored, strict=True):
             if tensor is None:
                 assert offset == ABSENT
@@ -64,7 +71,7 @@ def test_entries_find_every_tensor_at_its_true_rank(dtype: torch.dtype) -> None:
             found = packed.blob[offset : offset + tensor.numel()].view(tensor.shape)
             assert torch.equal(found, tensor.to(dtype))
             taken += -(-tensor.numel() // ALIGNMENT) * ALIGNMENT
-    assert packed.size == packed_size(program) == taken  # nothing is padded to a largest rank
+    assert packed.size == packed_size(program, dtype.itemsize) == taken  # nothing is padded to a largest rank
     assert packed.host_bytes == packed.blob.nbytes + packed.entries.nbytes
 
 
@@ -83,7 +90,7 @@ def test_primitives_and_identity() -> None:
     same = Program("x", {"k": SiteProgram(rotate_in=turn, scale_out=ones, cross_out=0 * ones, pair=2)})
     assert same.is_identity
     assert same.primitives == ("rotation", "output_rotation")
-    assert same.num_elements == 3 * 64 + 32
+    assert same.num_bytes(2) == 2 * (3 * 64 + 32)
     for part, names in (
         (SiteProgram(rotate_in=2 * turn), ("rotation",)),
         (SiteProgram(rotate_in=torch.full((24, 1, 1), 0.5)), ("input_scale",)),
@@ -91,10 +98,68 @@ def test_primitives_and_identity() -> None:
         (SiteProgram(scale_out=ones, cross_out=ones, pair=2), ("output_rotation",)),
         (SiteProgram(bias=ones), ("bias",)),
         (SiteProgram(torch.ones(2, 24), torch.ones(2, 16)), ("low_rank",)),
+        (SiteProgram(dense=torch.ones(16, 24)), ("dense",)),
+        (SiteProgram(sparse=matrix()), ("sparse",)),
+        (SiteProgram(tokens=tokens()), ("token_rows",)),
     ):
         program = Program("x", {"k": part})
         assert not program.is_identity
         assert program.primitives == names
+
+
+def matrix() -> SparseMatrix:
+    """[16, 24] with 5 entries, in rows 0 and 3."""
+    starts = torch.tensor([0, 2, 2, 2, *[5] * 13], dtype=torch.int32)
+    return SparseMatrix(starts, torch.tensor([0, 23, 1, 2, 9], dtype=torch.int32), torch.arange(5) + 0.5)
+
+
+def tokens() -> TokenRows:
+    return TokenRows(torch.tensor([3, 40, 70_001], dtype=torch.int32), torch.arange(48.0).view(3, 16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whole_numbers_keep_their_bits(dtype: torch.dtype) -> None:
+    program = Program("x", {"v": SiteProgram(sparse=matrix(), tokens=tokens())})
+    packed = pack(program, SITES, dtype, pin=False)
+    [sparse, rows] = packed.entries[2, [SPARSE_OFFSET, TOKENS_OFFSET]].tolist()
+    assert packed.entries[:, TOKENS].tolist() == [0, 0, 3, 0, 0]
+    at = sparse
+    for stored in (matrix().starts, matrix().columns):
+        place = at * dtype.itemsize // 4
+        assert packed.blob.view(torch.int32)[place : place + len(stored)].equal(stored)
+        at += int_elements(len(stored), dtype.itemsize)
+    assert packed.blob[at : at + 5].equal(matrix().values.to(dtype))
+    place = rows * dtype.itemsize // 4
+    assert packed.blob.view(torch.int32)[place : place + 3].equal(tokens().ids)
+    at = rows + int_elements(3, dtype.itemsize)
+    assert packed.blob[at : at + 48].equal(tokens().rows.flatten().to(dtype))
+    assert packed.size == packed_size(program, dtype.itemsize)
+    assert program.num_bytes(2) == (17 + 5 + 3) * 4 + (5 + 48) * 2
+
+
+@pytest.mark.parametrize(
+    ("part", "named"),
+    [
+        (SiteProgram(dense=torch.ones(24, 16)), r"dense at v is \[24, 16\], not \[16, 24\]"),
+        (SiteProgram(sparse=replace(matrix(), starts=matrix().starts[1:])), "sparse at v is"),
+        (
+            SiteProgram(sparse=replace(matrix(), starts=matrix().starts.flip(0))),
+            "out of order or out of range",
+        ),
+        (SiteProgram(sparse=replace(matrix(), columns=matrix().columns + 1)), "out of order or out of range"),
+        (SiteProgram(sparse=replace(matrix(), columns=matrix().columns - 1)), "out of order or out of range"),
+        (
+            SiteProgram(sparse=replace(matrix(), starts=matrix().starts.long())),
+            "out of order or out of range",
+        ),
+        (SiteProgram(tokens=replace(tokens(), rows=torch.ones(3, 24))), "tokens at v are"),
+        (SiteProgram(tokens=replace(tokens(), ids=tokens().ids.flip(0))), "must ascend"),
+        (SiteProgram(tokens=replace(tokens(), ids=tokens().ids - 4)), "must ascend"),
+    ],
+)
+def test_kernels_are_given_no_wrong_table(part: SiteProgram, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        pack(Program("x", {"v": part}), SITES, torch.float32, pin=False)
 
 
 def test_padding_is_zero() -> None:
@@ -119,7 +184,7 @@ def test_rank_zero_is_absent() -> None:
     empty = Program("lora", {"k": SiteProgram(torch.empty(0, 24), torch.empty(0, 16))})
     packed = pack(empty, SITES, torch.float32, pin=False)
     assert packed.size == 0
-    assert torch.equal(packed.entries, absent_entries(4))
+    assert torch.equal(packed.entries, absent_entries(5))
 
 
 def test_a_value_beyond_the_dtype_is_refused_by_site() -> None:
@@ -167,7 +232,7 @@ def test_virtual_tokens_come_after_the_tensors_of_sites(dtype: torch.dtype) -> N
         program = Program("both", sites, prompt=prompt)
         packed = pack(program, SITES, dtype, pin=False)
         assert tuple(packed.layout) == (packed.size, packed.prompt, ())
-        assert packed.size == packed_size(program)
+        assert packed.size == packed_size(program, dtype.itemsize)
         assert packed.entries.equal(plain.entries)
         assert packed.blob[: plain.size].equal(plain.blob)
         assert packed.prompt is not None

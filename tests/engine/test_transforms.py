@@ -1,4 +1,4 @@
-"""Adapters that change the base's inputs and outputs, in one batch with LoRA and the base, through the engine."""
+"""Adapters that change inputs, outputs and weights of the base, in one batch with others, through the engine."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import (
+    C3AConfig,
     IA3Config,
     LNTuningConfig,
     LoraConfig,
@@ -18,6 +19,7 @@ from peft import (
     PeftConfig,
     PeftModel,
     RoadConfig,
+    ShiraConfig,
     get_peft_model,
 )
 from transformers import AutoModelForCausalLM
@@ -40,8 +42,9 @@ KINDS: dict[str, Callable[[], PeftConfig]] = {
     "oft on values": lambda: OFTConfig(oft_block_size=16, target_modules=["v_proj", "gate_proj"]),
     "road": lambda: RoadConfig(variant="road_2", group_size=16, target_modules=LINEAR),
     "norms": lambda: LNTuningConfig(target_modules=["input_layernorm", "norm"]),
+    "c3a": lambda: C3AConfig(block_size=16, target_modules=["q_proj", "v_proj", "down_proj"]),
+    "shira": lambda: ShiraConfig(r=2, target_modules=LINEAR),
 }
-TRANSFORMING = [kind for kind in KINDS if kind != "lora"]
 CPU = torch.device("cpu")
 
 
@@ -154,6 +157,22 @@ def test_only_steps_with_such_an_adapter_are_transformed(
     assert not step.tables.transforms
 
 
+def test_only_steps_with_such_an_adapter_change_weights(
+    tiny_model: Callable[[str], Path], store_of: Callable[[str], Path], make_engine: Callable[..., Any]
+) -> None:
+    driver = make_engine(tiny_model("llama"), store=str(store_of("llama")), max_loras=1)
+    step = driver.engine.base.context
+    sites = list(driver.engine.base.sites)
+    for kind in (None, "c3a", "lora", "shira", None, "ia3"):
+        driver.run(submit(driver, 0, kind))  # in the one slot after each other
+        assert step.rows.deltas == step.head_rows.deltas == (kind in ("c3a", "shira"))
+        if kind == "c3a":
+            [deltas] = step.tables.deltas.values()
+            names = ("q_proj", "v_proj", "down_proj")
+            assert deltas == ({sites.index(name) for name in sites if name.endswith(names)}, set())
+    assert not step.tables.deltas
+
+
 # ---- the base's product for an input of its own -----------------------------------------------------
 
 
@@ -263,7 +282,8 @@ def test_decode_graphs_have_a_variant_for_it(
     made = [Replay(graphs, bucket, variant) for bucket in buckets_up_to(16) for variant in Variant]
     graphs._captured = {(each.bucket, each.variant): each.captured for each in made}
     engine.runner.graphs = graphs
-    for choices in ([None, None], [None, "lora"], [None, *KINDS], ["road"]):
+    transforming = [kind for kind in KINDS if kind not in ("c3a", "shira")]
+    for choices in ([None, None], [None, "lora"], [None, *transforming], ["road"], [None, *KINDS]):
         ids = [[submit(d, index, kind) for index, kind in enumerate(choices)] for d in (plain, driver)]
         assert driver.run(*ids[1]) == plain.run(*ids[0])
         for theirs, ours in zip(*ids, strict=True):

@@ -30,10 +30,10 @@ from tqdm import tqdm
 from veneer.adapters import registry
 from veneer.adapters.checkpoint import Checkpoint, shown
 from veneer.adapters.methods import lora
-from veneer.adapters.methods.common import HEAD, PREFIX, add_head_copy, per_site, wrong
+from veneer.adapters.methods.common import PREFIX, add_head_copy, per_site, wrong
 from veneer.adapters.model_weights import Weights
 from veneer.adapters.names import CONFIG_FILE, WEIGHTS_FILE
-from veneer.adapters.program import Site
+from veneer.adapters.program import HEAD, Site
 from veneer.adapters.staging import sync
 from veneer.adapters.taken import DOUBT_LIMIT, TAKES, Taken
 from veneer.errors import AdapterRefused, Conflict, StorageFull

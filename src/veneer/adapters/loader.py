@@ -188,7 +188,8 @@ class Loader:
                 f"adapter {digest} has rank {program.rank} and --max-lora-rank is {self._max_lora_rank}; "
                 "restart the server with a higher limit to serve it"
             )
-        size, item = packed_size(program), self._arena.dtype.itemsize
+        item = self._arena.dtype.itemsize
+        size = packed_size(program, item)
         if size > self._arena.numel():
             raise AdapterRefused(
                 f"adapter {digest} needs {size * item} bytes on the device and --adapter-memory holds "

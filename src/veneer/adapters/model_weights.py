@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from veneer.adapters.methods.common import HEAD
-from veneer.adapters.program import Site
+from veneer.adapters.program import HEAD, Site
 from veneer.errors import InvalidRequest
 
 _FLOATS = ("F32", "F16", "BF16")

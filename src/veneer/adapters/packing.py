@@ -10,13 +10,14 @@ from typing import NamedTuple
 import torch
 
 from veneer.adapters.arena import align
-from veneer.adapters.program import Program, Prompt, Site, SiteProgram
+from veneer.adapters.program import HEAD, Program, Prompt, Site, SiteProgram, SparseMatrix, TokenRows
 from veneer.errors import AdapterRefused
 from veneer.kernels.tables import (
     A_OFFSET,
     ABSENT,
     B_OFFSET,
     BIAS_OFFSET,
+    DENSE_OFFSET,
     IN_BLOCK,
     IN_OFFSET,
     MAX_BLOCK,
@@ -24,7 +25,11 @@ from veneer.kernels.tables import (
     OUT_OFFSET,
     OUT_PAIR,
     RANK,
+    SPARSE_OFFSET,
+    TOKENS,
+    TOKENS_OFFSET,
     absent_entries,
+    int_elements,
 )
 
 
@@ -85,9 +90,13 @@ class PackedAdapter:
         return moved.pin_memory() if self.blob.is_pinned() else moved
 
 
-def packed_size(program: Program) -> int:
-    """Elements that `pack` will take, known before anything is allocated."""
-    at_sites = sum(align(tensor.numel()) for site in program.sites.values() for _, tensor in _tensors(site))
+def packed_size(program: Program, itemsize: int) -> int:
+    """Elements of `itemsize` bytes that `pack` will take, known before anything is allocated."""
+    at_sites = sum(
+        align(sum(_room(tensor, itemsize) for tensor in tensors))
+        for site in program.sites.values()
+        for _, tensors in _tensors(site)
+    )
     return at_sites + _prompt_size(program.prompt)
 
 
@@ -99,7 +108,7 @@ def pack(program: Program, sites: Sequence[Site], dtype: torch.dtype, pin: bool)
     """
     if unknown := program.sites.keys() - {site.name for site in sites}:
         raise ValueError(f"the program has tensors at {sorted(unknown)}, which the base does not have")
-    blob = torch.zeros(packed_size(program), dtype=dtype, pin_memory=pin)
+    blob = torch.zeros(packed_size(program, dtype.itemsize), dtype=dtype, pin_memory=pin)
     entries = absent_entries(len(sites))
     offset = 0
     for index, site in enumerate(sites):
@@ -109,11 +118,30 @@ def pack(program: Program, sites: Sequence[Site], dtype: torch.dtype, pin: bool)
         _check_shapes(part, site)
         entries[index, RANK], entries[index, OUT_PAIR] = part.rank, part.pair
         entries[index, IN_BLOCK] = 0 if part.rotate_in is None else part.rotate_in.shape[1]
-        for column, tensor in _tensors(part):
-            _put(tensor, blob[offset : offset + tensor.numel()], f"at {site.name}")
+        entries[index, TOKENS] = 0 if part.tokens is None else len(part.tokens.ids)
+        for column, tensors in _tensors(part):
             entries[index, column] = offset
-            offset += align(tensor.numel())
+            offset = _put_all(tensors, blob, offset, f"at {site.name}")
     return PackedAdapter(blob, entries, _pack_prompt(program.prompt, blob, offset), program.invocation)
+
+
+def _put_all(tensors: Sequence[torch.Tensor], blob: torch.Tensor, offset: int, where: str) -> int:
+    """Put tensors one after the other, the next free alignment comes back. int32 keep their bits."""
+    start = offset
+    for tensor in tensors:
+        room = _room(tensor, blob.itemsize)
+        target = blob[offset : offset + room]
+        if tensor.is_floating_point():
+            _put(tensor, target[: tensor.numel()], where)
+        else:
+            target.view(torch.int32)[: tensor.numel()] = tensor
+        offset += room
+    return start + align(offset - start)
+
+
+def _room(tensor: torch.Tensor, itemsize: int) -> int:
+    """Elements of `itemsize` bytes that a tensor takes where another one follows."""
+    return tensor.numel() if tensor.is_floating_point() else int_elements(tensor.numel(), itemsize)
 
 
 def _put(tensor: torch.Tensor, target: torch.Tensor, where: str) -> None:
@@ -147,17 +175,21 @@ def _pack_prompt(prompt: Prompt | None, blob: torch.Tensor, start: int) -> Packe
     return packed
 
 
-def _tensors(part: SiteProgram) -> Iterator[tuple[int, torch.Tensor]]:
-    """The tensors that are there as they are stored, each with its column of the tables."""
+def _tensors(part: SiteProgram) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
+    """The tensors that are there as they are stored, those of each column of the tables together."""
     turn, scale = part.rotate_in, part.scale_out
     if turn is not None:
         turn = turn - torch.eye(turn.shape[1])
     if scale is not None:
         scale = torch.stack([scale - 1] if part.cross_out is None else [scale - 1, part.cross_out])
-    columns = (A_OFFSET, B_OFFSET, BIAS_OFFSET, IN_OFFSET, OUT_OFFSET)
-    for column, tensor in zip(columns, (part.a, part.b, part.bias, turn, scale), strict=True):
+    columns = (A_OFFSET, B_OFFSET, BIAS_OFFSET, IN_OFFSET, OUT_OFFSET, DENSE_OFFSET)
+    for column, tensor in zip(columns, (part.a, part.b, part.bias, turn, scale, part.dense), strict=True):
         if tensor is not None and tensor.numel():
-            yield column, tensor
+            yield column, (tensor,)
+    if part.sparse is not None:
+        yield SPARSE_OFFSET, (part.sparse.starts, part.sparse.columns, part.sparse.values)
+    if part.tokens is not None:
+        yield TOKENS_OFFSET, (part.tokens.ids, part.tokens.rows)
 
 
 def _check_shapes(part: SiteProgram, site: Site) -> None:
@@ -175,6 +207,7 @@ def _check_shapes(part: SiteProgram, site: Site) -> None:
         "rotate_in": (part.rotate_in, (site.in_features // block, block, block)),
         "scale_out": (part.scale_out, (site.out_features,)),
         "cross_out": (part.cross_out, (site.out_features,)),
+        "dense": (part.dense, (site.out_features, site.in_features)),
     }
     for name, (tensor, shape) in wanted.items():
         if tensor is not None and tensor.shape != shape:
@@ -188,3 +221,31 @@ def _check_shapes(part: SiteProgram, site: Site) -> None:
         raise ValueError(
             f"pair at {site.name} is {part.pair}; it must be even and divide {site.out_features}"
         )
+    if part.sparse is not None:
+        _check_sparse(part.sparse, site)
+    if part.tokens is not None:
+        _check_tokens(part.tokens, site)
+
+
+def _check_sparse(matrix: SparseMatrix, site: Site) -> None:
+    starts, columns, values = matrix.starts, matrix.columns, matrix.values
+    if starts.shape != (site.out_features + 1,) or columns.shape != values.shape or columns.ndim != 1:
+        shapes = [list(each.shape) for each in (starts, columns, values)]
+        raise ValueError(
+            f"sparse at {site.name} is {shapes}, not [{site.out_features + 1}] and two of a length"
+        )
+    whole = {starts.dtype, columns.dtype} == {torch.int32}
+    ordered = (
+        whole and bool((starts.diff() >= 0).all()) and [int(starts[0]), int(starts[-1])] == [0, len(columns)]
+    )
+    if not ordered or ((columns < 0) | (columns >= site.in_features)).any():
+        raise ValueError(f"sparse at {site.name} has starts or columns out of order or out of range")
+
+
+def _check_tokens(tokens: TokenRows, site: Site) -> None:
+    hidden = site.in_features if site.name == HEAD else site.out_features
+    ids = tokens.ids
+    if tokens.rows.shape != (len(ids), hidden) or ids.dtype != torch.int32 or not len(ids):
+        raise ValueError(f"tokens at {site.name} are {list(ids.shape)} and {list(tokens.rows.shape)}")
+    if int(ids[0]) < 0 or not (ids.diff() > 0).all():
+        raise ValueError(f"the ids of tokens at {site.name} must ascend from 0 or more")

@@ -2,10 +2,14 @@
 
 A site is a linear layer of the base, y = W0 x + b. For a row x [in] that uses the adapter:
 
-    y = OUT(W0 x' + b) + B^T (A x) + beta    A: [rank, in], B: [rank, out] with the scale folded in, beta: [out]
+    y = OUT(W0 x' + b) + B^T (A x) + beta + D x    A: [rank, in], B: [rank, out], scale folded in; beta: [out]
 
     x' = each block of x times its R_k (x as a row)         R: [in / block, block, block]; block 1 is a diagonal
     OUT(z)_i = scale_i z_i + cross_i z_partner(i)           partner(i) = i ± pair / 2 within its group of `pair`
+    D: [out, in], in full or by its few entries. With scale 0 it replaces the base's weight, and beta the bias.
+
+The embedding and the output head can also have rows of their own for some tokens (`TokenRows`). The embedding's
+A x is the column of A of the token.
 
 An adapter may also have virtual tokens, which stand in front of every prompt (`Prompt`), or invocation tokens:
 then its primitives act from the last place on where a prompt has these, and not at all where it has them nowhere.
@@ -23,13 +27,36 @@ from typing import Literal, NamedTuple
 
 import torch
 
+HEAD = "lm_head"  # the output head of every served architecture
+EMBEDDING = "model.embed_tokens"  # and its embedding
+
 
 class Site(NamedTuple):
-    """A linear layer of the base that adapters can target."""
+    """A linear layer of the base that adapters can target, or its embedding: from a token to its vector."""
 
     name: str  # module path in the transformers model, e.g. "model.layers.0.self_attn.q_proj"
     in_features: int
     out_features: int
+
+
+@dataclass(frozen=True)
+class SparseMatrix:
+    """A matrix [out, in] by its entries, row by row. Tensors are contiguous, on the CPU."""
+
+    starts: torch.Tensor  # int32 [out + 1], where the entries of each row begin
+    columns: torch.Tensor  # int32 [entries]
+    values: torch.Tensor  # float32 [entries]
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """The embeddings of some tokens, or the rows that give their logits. Tensors are contiguous, on the CPU.
+
+    They stand in for the base's, or for tokens that the base does not have: ids beyond its vocabulary.
+    """
+
+    ids: torch.Tensor  # int32 [tokens], ascending
+    rows: torch.Tensor  # float32 [tokens, hidden]
 
 
 @dataclass(frozen=True)
@@ -43,6 +70,9 @@ class SiteProgram:
     scale_out: torch.Tensor | None = None  # [out]
     cross_out: torch.Tensor | None = None  # [out], only with scale_out
     pair: int = 0  # features of a group of `cross_out`, even; 0 without it
+    dense: torch.Tensor | None = None  # [out, in]
+    sparse: SparseMatrix | None = None
+    tokens: TokenRows | None = None  # at the embedding and the output head alone
 
     @property
     def rank(self) -> int:
@@ -51,7 +81,11 @@ class SiteProgram:
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Those that are there."""
-        found = (self.a, self.b, self.bias, self.rotate_in, self.scale_out, self.cross_out)
+        found = [self.a, self.b, self.bias, self.rotate_in, self.scale_out, self.cross_out, self.dense]
+        if self.sparse is not None:
+            found += [self.sparse.starts, self.sparse.columns, self.sparse.values]
+        if self.tokens is not None:
+            found += [self.tokens.ids, self.tokens.rows]
         return tuple(tensor for tensor in found if tensor is not None)
 
     @property
@@ -67,19 +101,26 @@ class SiteProgram:
             diagonal,
             scaled and not paired,
             paired,
+            self.dense is not None,
+            self.sparse is not None,
+            self.tokens is not None,
         )
         return frozenset(name for name, there in zip(PRIMITIVES, has, strict=True) if there)
 
     @property
     def is_identity(self) -> bool:
-        """True when the output cannot change: the product has a zero factor, sums are 0, factors are 1."""
-        added = [self.bias, self.cross_out]
+        """True when the output cannot change: the product has a zero factor, sums are 0, factors are 1.
+
+        Rows of tokens count as a change: methods keep only those that differ from the base's.
+        """
+        added = [self.bias, self.cross_out, self.dense, None if self.sparse is None else self.sparse.values]
         if self.rotate_in is not None:
             added.append(self.rotate_in - torch.eye(self.rotate_in.shape[1]))
         if self.scale_out is not None:
             added.append(self.scale_out - 1)
         product = self.a is not None and self.b is not None and bool(self.a.any()) and bool(self.b.any())
-        return not product and not any(bool(t.any()) for t in added if t is not None)
+        changed = product or self.tokens is not None
+        return not changed and not any(bool(t.any()) for t in added if t is not None)
 
 
 @dataclass(frozen=True)
@@ -103,7 +144,17 @@ class Prompt:
         return math.prod(self.shape) + (0 if self.embeddings is None else self.embeddings.numel())
 
 
-PRIMITIVES = ("low_rank", "bias", "rotation", "input_scale", "output_scale", "output_rotation")
+PRIMITIVES = (
+    "low_rank",
+    "bias",
+    "rotation",
+    "input_scale",
+    "output_scale",
+    "output_rotation",
+    "dense",
+    "sparse",
+    "token_rows",
+)
 KV_PREFIX, EMBEDDING_PREFIX = "kv_prefix", "embedding_prefix"  # the primitives of a `Prompt`
 
 Portability = Literal["independent", "proportional"]
@@ -141,8 +192,11 @@ class Program:
         """True when nothing can change the output. Virtual tokens always can: they take part in attention."""
         return self.prompt is None and all(site.is_identity for site in self.sites.values())
 
-    @property
-    def num_elements(self) -> int:
-        """Numbers stored over all sites, and of the virtual tokens."""
-        at_sites = sum(tensor.numel() for site in self.sites.values() for tensor in site.tensors)
-        return at_sites + (0 if self.prompt is None else self.prompt.num_elements)
+    def num_bytes(self, itemsize: int) -> int:
+        """Bytes on the device with numbers of `itemsize` bytes: over all sites, and of the virtual tokens."""
+        at_sites = sum(
+            tensor.numel() * (itemsize if tensor.is_floating_point() else tensor.itemsize)
+            for site in self.sites.values()
+            for tensor in site.tensors
+        )
+        return at_sites + (0 if self.prompt is None else self.prompt.num_elements * itemsize)

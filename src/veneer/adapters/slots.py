@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from veneer.adapters.arena import ALIGNMENT, Arena
-from veneer.kernels.tables import AdapterTables, absent_entries, find_transforms
+from veneer.kernels.tables import AdapterTables, absent_entries, find_deltas, find_transforms
 
 
 class Place(NamedTuple):
@@ -68,12 +68,15 @@ class Slots:
         self.tables.entries[place.slot].copy_(entries, non_blocking=True)
         if any(transforms := find_transforms(entries)):
             self.tables.transforms[place.slot] = transforms
+        if any(deltas := find_deltas(entries)):
+            self.tables.deltas[place.slot] = deltas
 
     def clear(self, place: Place) -> None:
         """Give a place back. Steps launched so far still read it: see `launched`."""
         self.tables.entries[place.slot].copy_(self._absent, non_blocking=True)
         self.tables.entries_host[place.slot] = absent_entries(self._absent.shape[0])
         self.tables.transforms.pop(place.slot, None)
+        self.tables.deltas.pop(place.slot, None)
         self._arena.free(place.start)
         self._free.add(place.slot)
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
-from veneer.adapters.methods.base import Norm
+from veneer.adapters.methods.base import Limits, Norm
 from veneer.adapters.program import Site
 from veneer.engine.fused import fuse_layers
 from veneer.engine.layers import ATTENTION_NAME, AdaptedLinear, StepContext
@@ -59,6 +59,7 @@ class Base:
         max_positions: the longest context the base supports, in tokens.
         eos_token_ids: tokens that end a sequence.
         notes: limits and fallbacks that took effect, in words.
+        limits: what the server takes of one adapter.
     """
 
     model: Any
@@ -71,6 +72,7 @@ class Base:
     max_positions: int
     eos_token_ids: tuple[int, ...]
     notes: list[str] = field(default_factory=list)
+    limits: Limits = Limits()  # noqa: RUF009  (a tuple)
 
     @property
     def num_layers(self) -> int:

@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from veneer.adapters.methods.base import Limits
 from veneer.adapters.program import Program
 from veneer.adapters.registry import lower
 from veneer.adapters.residency import Residency
@@ -65,6 +66,7 @@ class Engine:
             device=device,
             own_kernels=resolve_nf4_kernels(config.nf4_kernels, config.quantization, dtype, device),
         )
+        self.base.limits = Limits(config.max_module_bytes, config.max_added_tokens)
         self.residency = Residency(
             Path(config.store),
             self.base,
@@ -286,7 +288,7 @@ class Engine:
             primitives=list(program.primitives),
             rank=program.rank,
             sites=len(program.sites),
-            bytes=program.num_elements * self.base.dtype.itemsize,
+            bytes=program.num_bytes(self.base.dtype.itemsize),
             portability=program.portability,
             virtual_tokens=0 if program.prompt is None else program.prompt.tokens,
             base_model=program.base_model,

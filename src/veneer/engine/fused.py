@@ -66,7 +66,8 @@ class HeadNorms:
 class FusedLayer(nn.Module):
     """A decoder layer of Llama's form.
 
-    Steps that ask for it, have no tables, or in which an adapter changes the base's input or output run `plain`.
+    Steps that ask for it, have no tables, or in which an adapter changes the base's input, output or weight run
+    `plain`.
     """
 
     def __init__(self, plain: Any, context: StepContext) -> None:
@@ -92,7 +93,7 @@ class FusedLayer(nn.Module):
     def forward(self, hidden_states: torch.Tensor, **inputs: Any) -> torch.Tensor:
         """[1, rows, hidden] -> the same, with the arguments of transformers' layer."""
         rows = self.step.rows
-        if not self.step.fused or rows is None or rows.transformed:
+        if not self.step.fused or rows is None or rows.transformed or rows.deltas:
             found: torch.Tensor = self.plain(hidden_states, **inputs)
             return found
         cos, sin = inputs["position_embeddings"]

@@ -72,6 +72,7 @@ class Variant(IntEnum):
     BASE = 0
     ADAPTED = 1
     TRANSFORMED = 2  # turns inputs and scales outputs, too: `RowTiles.transformed`
+    CHANGED = 3  # adds dense and sparse changes, too: `RowTiles.deltas`
 
 
 class TableSizes(NamedTuple):
@@ -195,7 +196,7 @@ class HostTables:
 
 def _view(block: torch.Tensor, variant: Variant, tile_rows: int) -> RowTiles:
     adapted, transformed = variant >= Variant.ADAPTED, variant >= Variant.TRANSFORMED
-    return view_tiles(block, (), adapted, tile_rows, transformed)
+    return view_tiles(block, (), adapted, tile_rows, transformed, variant >= Variant.CHANGED)
 
 
 @dataclass(frozen=True)
@@ -276,6 +277,8 @@ class StepGraphs(ABC):
         need = Variant.BASE if slots <= {BASE_SLOT} else Variant.ADAPTED
         if tables is not None and not slots.isdisjoint(tables.transforms):
             need = Variant.TRANSFORMED
+        if tables is not None and not slots.isdisjoint(tables.deltas):
+            need = Variant.CHANGED
         return next((variant for variant in self._variants if variant >= need), None)
 
     def _fill(self, planned: Rows[Scheduled], bucket: int, previous: Rows[int] | None) -> None:
@@ -407,7 +410,7 @@ class MixedGraphs(StepGraphs):
             self._sequences,
             max_pages,
         )
-        variants = (Variant.ADAPTED, Variant.TRANSFORMED)
+        variants = (Variant.ADAPTED, Variant.TRANSFORMED, Variant.CHANGED)
         super().__init__(base, tokens, buckets, sizes, page_size, scratch_page, variants)
 
     def fits(self, planned: Rows[Scheduled]) -> bool:

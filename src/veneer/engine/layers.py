@@ -17,7 +17,9 @@ from transformers import AttentionInterface
 
 from veneer.engine.packed import FusedPart
 from veneer.kernels.attention import PagedBatch, paged_attention, write_kv
+from veneer.kernels.dense import add_dense
 from veneer.kernels.low_rank import Workspace, low_rank
+from veneer.kernels.sparse import add_sparse
 from veneer.kernels.tables import AdapterTables, RowTiles
 from veneer.kernels.transform import transform_input, transform_output
 
@@ -38,9 +40,9 @@ class StepContext:
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen linear layer of the base with each row's own adapter: y = OUT(W0 x' + b) + B^T (A x) + beta.
+    """A frozen linear layer of the base with each row's own adapter: y = OUT(W0 x' + b) + B^T (A x) + beta + D x.
 
-    adapters/program.py says what x' and OUT are; A reads the x that came in.
+    adapters/program.py says what x', OUT and D are; A and D read the x that came in.
 
     Attributes:
         base: the layer as loaded (nn.Linear, or bitsandbytes' 4- or 8-bit layer); y = W0 x + b.
@@ -73,6 +75,11 @@ class AdaptedLinear(nn.Module):
         if scaled:
             transform_output(out, tables, rows, self.site)
         low_rank(flat, out, tables, rows, self.site, workspace)
+        dense, sparse = tables.delta_at(rows.segments, self.site) if rows.deltas else (False, False)
+        if dense:
+            add_dense(flat, out, tables, rows, self.site)
+        if sparse:
+            add_sparse(flat, out, tables, rows, self.site)
         return y
 
     def _turned(self, x: torch.Tensor, tables: AdapterTables, rows: RowTiles) -> torch.Tensor:

@@ -239,8 +239,10 @@ class Runner:
         return _Packed(*torch.split(packed, [array.size for array in arrays]))
 
     def _tiles(self, segments: Rows[Segment], rows: int) -> RowTiles:
-        transformed = self._step.tables is not None and self._step.tables.transform(segments)
-        return make_tiles(segments, rows, self._slots, self.base.device, transformed)
+        tables = self._step.tables
+        assert tables is not None  # set at the start
+        flags = tables.transform(segments), tables.delta(segments)
+        return make_tiles(segments, rows, self._slots, self.base.device, *flags)
 
     def _sampling_row(self, item: Scheduled) -> SamplingRow:
         sequence = item.sequence

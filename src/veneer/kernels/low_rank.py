@@ -111,15 +111,21 @@ def view_tiles(
     adapted: bool,
     tile_rows: int,
     transformed: bool = False,
+    deltas: bool = False,
 ) -> RowTiles:
     """The tiles that `fill_tiles` wrote, once they are on the device: views of `block`."""
-    return RowTiles(tuple(segments), block[1:], block[0, :1], adapted, tile_rows, transformed)
+    return RowTiles(tuple(segments), block[1:], block[0, :1], adapted, tile_rows, transformed, deltas)
 
 
 def make_tiles(
-    segments: Sequence[Segment], rows: int, slots: int, device: torch.device, transformed: bool = False
+    segments: Sequence[Segment],
+    rows: int,
+    slots: int,
+    device: torch.device,
+    transformed: bool = False,
+    deltas: bool = False,
 ) -> RowTiles:
-    """Cut segments into tiles, on `device` by one asynchronous copy. `transformed`: see `RowTiles`.
+    """Cut segments into tiles, on `device` by one asynchronous copy. For the flags see `RowTiles`.
 
     The segments must cover rows 0 to `rows` in order, those of the base included; raises ValueError otherwise.
     """
@@ -132,7 +138,7 @@ def make_tiles(
     block = torch.zeros(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
     fill_tiles(block.numpy(), segments, tile_rows)
     adapted = any(segment.slot != BASE_SLOT for segment in segments)
-    return view_tiles(block.to(device, non_blocking=True), segments, adapted, tile_rows, transformed)
+    return view_tiles(block.to(device, non_blocking=True), segments, adapted, tile_rows, transformed, deltas)
 
 
 class Workspace:

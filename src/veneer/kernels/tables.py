@@ -8,17 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
-COLUMNS = 8  # of an entry
-A_OFFSET, B_OFFSET, BIAS_OFFSET, RANK, IN_OFFSET, IN_BLOCK, OUT_OFFSET, OUT_PAIR = range(COLUMNS)
-OFFSETS = [A_OFFSET, B_OFFSET, BIAS_OFFSET, IN_OFFSET, OUT_OFFSET]
+COLUMNS = 16  # of an entry
+A_OFFSET, B_OFFSET, BIAS_OFFSET, RANK, IN_OFFSET, IN_BLOCK, OUT_OFFSET, OUT_PAIR = range(8)
+DENSE_OFFSET, SPARSE_OFFSET, TOKENS_OFFSET, TOKENS = range(12, COLUMNS)
+OFFSETS = [A_OFFSET, B_OFFSET, BIAS_OFFSET, IN_OFFSET, OUT_OFFSET, DENSE_OFFSET, SPARSE_OFFSET, TOKENS_OFFSET]
 ABSENT = -1  # an offset of a tensor that the adapter does not have at a site
 BASE_SLOT = -1  # the slot of rows without an adapter
 MAX_BLOCK = 256  # features of a rotation; a larger one would cost as much as the base's product
 ALIGNED = 16  # elements; offsets are multiples, so that kernels load whole vectors
+
+
+class Deltas(NamedTuple):
+    """The sites at which an adapter changes the base's weight by more than a product of low rank."""
+
+    dense: frozenset[int]
+    sparse: frozenset[int]
 
 
 class Transforms(NamedTuple):
@@ -39,6 +48,10 @@ class AdapterTables:
     IN_OFFSET, IN_BLOCK: R - I, [in / block, block, block], of the blocks R that turn the base's input.
     OUT_OFFSET, OUT_PAIR: scale - 1 [out] of the base's output; with a pair over 0 the weights [out] of each
         feature's partner follow (see kernels/transform.py).
+    DENSE_OFFSET: a change [out, in] of the base's weight (see kernels/dense.py).
+    SPARSE_OFFSET: one with few entries, by rows (see kernels/sparse.py).
+    TOKENS_OFFSET, TOKENS: so many rows that replace those of the embedding or the output head (see
+        kernels/token_rows.py).
 
     Tensors are row-major. Offsets that are not ABSENT must be multiples of ALIGNED: kernels rely on it unchecked.
     What multiplies is stored as its difference from the identity: it is mostly close to it, and bfloat16, which
@@ -49,6 +62,24 @@ class AdapterTables:
     entries: torch.Tensor  # int64 [slots, sites, COLUMNS], on the arena's device
     entries_host: torch.Tensor  # the same on the CPU, for launches that need a rank on the host
     transforms: dict[int, Transforms] = field(default_factory=dict)  # host: by slot, where there are any
+    deltas: dict[int, Deltas] = field(default_factory=dict)  # likewise
+
+    @cached_property
+    def ints(self) -> torch.Tensor:
+        """The arena as int32, for the whole numbers in it: int32 takes `int_elements` of the arena's."""
+        return self.arena.view(torch.int32)
+
+    def delta(self, segments: Iterable[Segment]) -> bool:
+        """Whether an adapter of these segments has a dense or sparse change anywhere."""
+        return any(segment.slot in self.deltas for segment in segments)
+
+    def delta_at(self, segments: Sequence[Segment], site: int) -> tuple[bool, bool]:
+        """Whether they have a dense and a sparse change at a site; both in a captured graph (no segments)."""
+        found = [self.deltas[segment.slot] for segment in segments if segment.slot in self.deltas]
+        return (
+            not segments or any(site in sites.dense for sites in found),
+            not segments or any(site in sites.sparse for sites in found),
+        )
 
     def transform(self, segments: Iterable[Segment]) -> bool:
         """Whether an adapter of these segments changes the base's input or output anywhere."""
@@ -65,12 +96,21 @@ class AdapterTables:
 
 def find_transforms(entries: torch.Tensor) -> Transforms:
     """Read from an adapter's entries, int64 [sites, COLUMNS] on the CPU."""
-    return Transforms(
-        *(
-            frozenset((entries[:, column] != ABSENT).nonzero().flatten().tolist())
-            for column in (IN_OFFSET, OUT_OFFSET)
-        )
-    )
+    return Transforms(_present(entries, IN_OFFSET), _present(entries, OUT_OFFSET))
+
+
+def find_deltas(entries: torch.Tensor) -> Deltas:
+    """Read from an adapter's entries, int64 [sites, COLUMNS] on the CPU."""
+    return Deltas(_present(entries, DENSE_OFFSET), _present(entries, SPARSE_OFFSET))
+
+
+def _present(entries: torch.Tensor, column: int) -> frozenset[int]:
+    return frozenset((entries[:, column] != ABSENT).nonzero().flatten().tolist())
+
+
+def int_elements(count: int, itemsize: int) -> int:
+    """Elements of `itemsize` bytes (2 or 4) that `count` int32 take in the arena, in whole ALIGNED."""
+    return -(-count * 4 // (itemsize * ALIGNED)) * ALIGNED
 
 
 def absent_entries(*shape: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -102,3 +142,4 @@ class RowTiles:
     adapted: bool  # host: some row may have an adapter
     tile_rows: int
     transformed: bool = False  # host: some row may have its base's input or output changed
+    deltas: bool = False  # host: some row may have a dense or sparse change of the base's weight

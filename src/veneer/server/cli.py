@@ -174,6 +174,13 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     adapters.add_argument(
         "--max-lora-rank", type=positive, default=512, help="largest rank taken (%(default)s)"
     )
+    adapters.add_argument(
+        "--max-module-bytes",
+        type=size,
+        default=256 << 20,
+        metavar="SIZE",
+        help="of a weight that an adapter replaces or changes in full (256MiB)",
+    )
     adapters.add_argument("--adapter-memory", type=size, metavar="SIZE", help="adapters on the device")
     adapters.add_argument("--host-adapter-memory", type=size, metavar="SIZE", help="adapters in host memory")
     parser.set_defaults(run=_serve)

@@ -24,6 +24,15 @@ class Norm(NamedTuple):
     readers: tuple[str, ...]  # the sites that its output is the input of; empty when something else reads it
 
 
+class Limits(NamedTuple):
+    """What the server takes of one adapter, besides its rank."""
+
+    module_bytes: int = (
+        256 << 20
+    )  # of one module's weight, or of a change of it, in full (--max-module-bytes)
+    added_tokens: int = 256  # beyond the base's vocabulary (--max-added-tokens)
+
+
 class Base(Protocol):
     """What a method may ask about the resident base."""
 
@@ -48,6 +57,14 @@ class Base(Protocol):
 
     def bias(self, site: str) -> torch.Tensor | None:
         """The base's bias [out] of a site, float32 on the CPU, a copy, or None."""
+        ...
+
+    @property
+    def limits(self) -> Limits: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which adapters are served."""
         ...
 
     @property

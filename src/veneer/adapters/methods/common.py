@@ -17,15 +17,12 @@ import torch
 from veneer.adapters.checkpoint import listed, shown
 from veneer.adapters.methods.base import Base
 from veneer.adapters.names import CONFIG_FILE
-from veneer.adapters.program import Site, SiteProgram
+from veneer.adapters.program import HEAD, Site, SiteProgram
 from veneer.errors import AdapterRefused
 
 PREFIX = "base_model.model."
-HEAD = "lm_head"  # the output head of every served architecture; PEFT's "all-linear" leaves it out
 _PATTERN_LIMIT = 4096  # entries of rank_pattern or alpha_pattern
 _LAYERS_PATTERN_LIMIT = 64  # entries
-_SPARE_PROBES = 8  # vectors beyond the largest rank that `factor` looks with
-_RANK_TOLERANCE = 3e-7  # of the largest singular value: the noise of a matrix that was computed in float32
 
 
 class Targeting(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,7 +117,7 @@ def choose_sites(
     elif config.layers_to_transform is not None or config.layers_pattern is not None:
         raise wrong("target_modules", targets, "with layers_to_transform or layers_pattern it must be a list")
     elif targets.lower() == "all-linear":
-        chosen = [name for name in base.sites if name != HEAD]
+        chosen = [name for name in base.sites if name != HEAD]  # as PEFT does
     else:  # a regular expression
         chosen = [name for name in base.sites if name in in_file]
     if isinstance(excluded, list):
@@ -208,36 +205,6 @@ def compile_pattern(field: str, keys: Collection[str]) -> Callable[[str], str | 
 
 def _fits(token: str, character: str) -> bool:
     return token in (".", character) or (token == "\\." and character == ".")
-
-
-def factor(delta: torch.Tensor, site: Site, max_rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A dense change [out, in] of a site's weight as a [rank, in] and b [rank, out]: b^T a = delta, float32.
-
-    The rank is that of `delta` up to the rounding of float32: the range is found with random probes, which
-    takes seconds where a whole SVD takes minutes, and what the probes leave out is measured.
-    https://doi.org/10.1137/090771806 (Halko, Martinsson, Tropp 2011, algorithm 4.1)
-
-    Raises:
-        AdapterRefused: the rank is over `max_rank`, or a value is not finite.
-    """
-    delta = delta.double()
-    if not delta.isfinite().all():
-        raise AdapterRefused(f"The change of {site.name} overflows; the adapter's values are too large.")
-    num_probes = min(max_rank + _SPARE_PROBES, *delta.shape)
-    probes = torch.randn(delta.shape[1], num_probes, dtype=delta.dtype, generator=torch.Generator())
-    span = torch.linalg.qr(delta @ probes).Q  # [out, probes]
-    inner = span.T @ delta
-    u, s, v = torch.linalg.svd(inner, full_matrices=False)
-    rank = max(1, int((s > _RANK_TOLERANCE * s[0]).sum()))
-    found = bool(torch.linalg.norm(delta - span @ inner) <= 4 * _RANK_TOLERANCE * torch.linalg.norm(delta))
-    if rank > max_rank or not found:
-        needed = f"rank {rank}" if found else f"a rank from {max(rank, max_rank + 1)} to {min(delta.shape)}"
-        raise AdapterRefused(
-            f"The change of {site.name} has {needed}, the limit is {max_rank} (--max-lora-rank). "
-            "It is served only in its exact low-rank form; raise the limit or train with fewer parameters."
-        )
-    root = s[:rank].sqrt()[:, None]
-    return (v[:rank] * root).float().contiguous(), ((span @ u[:, :rank]).T * root).float().contiguous()
 
 
 def check_rank(rank: int, max_rank: int, field: str = "r") -> None:

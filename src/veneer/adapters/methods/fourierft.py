@@ -15,6 +15,7 @@ import torch
 
 from veneer.adapters.checkpoint import Checkpoint
 from veneer.adapters.methods.base import Base
+from veneer.adapters.methods.changes import change
 from veneer.adapters.methods.common import (
     BASE_BIASES,
     CAUSAL,
@@ -28,8 +29,6 @@ from veneer.adapters.methods.common import (
     check_count,
     choose_sites,
     explain_for,
-    factor,
-    low_rank,
     per_inner_site,
     random_positions,
     read_fields,
@@ -77,10 +76,7 @@ def lower(checkpoint: Checkpoint, base: Base, max_rank: int) -> Program:
     checkpoint.require(shapes, explain_for(".fourierft_", base))
     return Program(
         kind="fourierft",
-        sites={
-            site.name: low_rank(site, *factor(_delta(checkpoint, config, site), site, max_rank))
-            for site in sites
-        },
+        sites={site.name: change(site, _delta(checkpoint, config, site), max_rank, base) for site in sites},
         base_model=config.base_model_name_or_path or "",
         warnings=tuple(warnings),
     )

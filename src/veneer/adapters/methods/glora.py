@@ -11,12 +11,14 @@ Keys are `base_model.model.<module>.glora_{A,B,C,D,E}.` with `Xd`, `Xu`; `X`; or
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
 
 from veneer.adapters.checkpoint import Checkpoint, shown
 from veneer.adapters.methods.base import Base
+from veneer.adapters.methods.changes import change
 from veneer.adapters.methods.common import (
     BASE_BIASES,
     CAUSAL,
@@ -29,7 +31,7 @@ from veneer.adapters.methods.common import (
     add_head_copy,
     choose_sites,
     explain_for,
-    factor,
+    low_rank,
     read_fields,
     wrong,
 )
@@ -123,19 +125,18 @@ def _read(
 ) -> SiteProgram:
     a, b, c, d, e = (_value(checkpoint, path) for path in paths)
     weight, bias = base.weight(site.name).double(), base.bias(site.name)
-    scale = product = beta = None
+    found, scale, beta = SiteProgram(), None, None
     if paths[0].form == "lora":
-        product = factor(weight * a + b, site, max_rank)
+        found = change(site, weight * a + b, max_rank, base)
     elif paths[0].form != "none":  # a and b [out, 1] or [1]
         scale = (1 + a).flatten().expand(site.out_features)
-        product = torch.ones(1, site.in_features), b.flatten().expand(1, site.out_features)
+        found = low_rank(site, torch.ones(1, site.in_features), b.flatten().expand(1, site.out_features))
     if bias is not None:
         bias = bias.double()
         scaled = bias if scale is None else bias * scale  # what the scale makes of the base's bias
         beta = bias + bias * d + e + (weight @ c).flatten() - scaled
-    return SiteProgram(
-        a=None if product is None else _stored(product[0], site),
-        b=None if product is None else _stored(product[1], site),
+    return replace(
+        found,
         bias=None if beta is None else _stored(beta, site),
         scale_out=None if scale is None else _stored(scale, site),
     )

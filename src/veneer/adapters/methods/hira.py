@@ -15,6 +15,7 @@ import torch
 
 from veneer.adapters.checkpoint import Checkpoint
 from veneer.adapters.methods.base import Base
+from veneer.adapters.methods.changes import change
 from veneer.adapters.methods.common import (
     CAUSAL,
     PREFIX,
@@ -25,8 +26,6 @@ from veneer.adapters.methods.common import (
     add_head_copy,
     choose_sites,
     explain_for,
-    factor,
-    low_rank,
     read_fields,
     wrong,
 )
@@ -68,10 +67,7 @@ def lower(checkpoint: Checkpoint, base: Base, max_rank: int) -> Program:
     checkpoint.require(shapes, explain_for(".hira_", base))
     return Program(
         kind="hira",
-        sites={
-            site.name: low_rank(site, *factor(_delta(checkpoint, base, site), site, max_rank))
-            for site in sites
-        },
+        sites={site.name: change(site, _delta(checkpoint, base, site), max_rank, base) for site in sites},
         base_model=config.base_model_name_or_path or "",
         warnings=tuple(warnings),
         portability="proportional",

@@ -1,7 +1,8 @@
 """PEFT's LOKR: y += α/r · (w1 ⊗ w2) x, a Kronecker product whose factors are whole or products of rank r.
 
 With w1 = L1 R1 and w2 = L2 R2, w1 ⊗ w2 = (L1 ⊗ L2)(R1 ⊗ R2): its rank is the product of the factors' ranks. A
-whole factor is the product of itself with the identity on its shorter side.
+whole factor is the product of itself with the identity on its shorter side. Where that rank is too large, w1 ⊗ w2
+is served in full.
 https://github.com/huggingface/peft/blob/v0.21.0/src/peft/tuners/lokr/layer.py
 
 Keys are `base_model.model.<module>.lokr_w1` [out1, in1], or `lokr_w1_a` [out1, r] and `lokr_w1_b` [r, in1], and
@@ -17,6 +18,7 @@ import torch
 
 from veneer.adapters.checkpoint import Checkpoint
 from veneer.adapters.methods.base import Base
+from veneer.adapters.methods.changes import change, check_change, is_product
 from veneer.adapters.methods.common import (
     CAUSAL,
     PREFIX,
@@ -25,7 +27,6 @@ from veneer.adapters.methods.common import (
     Refusal,
     Targeting,
     add_head_copy,
-    check_need,
     choose_sites,
     explain_for,
     low_rank,
@@ -104,7 +105,7 @@ def lower(checkpoint: Checkpoint, base: Base, max_rank: int) -> Program:
         field = "r" if rank == config.r else "rank_pattern"
         if not 1 <= rank <= _RANK_LIMIT:
             raise wrong(field, rank, f"it must be from 1 to {_RANK_LIMIT}")
-        check_need(site, one.inner * two.inner, max_rank, field, rank)
+        check_change(site, one.inner * two.inner, max_rank, base)
         for name, shape in (one.tensors | two.tensors).items():
             shapes[f"{PREFIX}{site.name}.{name}"] = shape
     add_head_copy(shapes, checkpoint.header, sites, warnings)
@@ -113,8 +114,14 @@ def lower(checkpoint: Checkpoint, base: Base, max_rank: int) -> Program:
     for site, rank, alpha, (one, two) in zip(sites, ranks, alphas, factors, strict=True):
         left1, right1 = one.read(checkpoint, f"{PREFIX}{site.name}")
         left2, right2 = two.read(checkpoint, f"{PREFIX}{site.name}")
-        b = torch.kron(left1 * (alpha / rank), left2).T
-        programs[site.name] = low_rank(site, torch.kron(right1, right2), b)
+        if is_product(site, one.inner * two.inner, max_rank):
+            b = torch.kron(left1 * (alpha / rank), left2).T
+            programs[site.name] = low_rank(site, torch.kron(right1, right2), b)
+        else:
+            delta = torch.kron(
+                (left1 * (alpha / rank)).double() @ right1.double(), left2.double() @ right2.double()
+            )
+            programs[site.name] = change(site, delta, max_rank, base)
     return Program(
         kind="lokr",
         sites=programs,

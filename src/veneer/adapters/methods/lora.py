@@ -27,7 +27,6 @@ from veneer.adapters.checkpoint import Checkpoint, shown
 from veneer.adapters.methods.base import Base
 from veneer.adapters.methods.common import (
     CAUSAL,
-    HEAD,
     PREFIX,
     WHOLE_MODULES,
     Common,
@@ -39,7 +38,7 @@ from veneer.adapters.methods.common import (
     read_fields,
     wrong,
 )
-from veneer.adapters.program import Program, Site, SiteProgram
+from veneer.adapters.program import HEAD, Program, Site, SiteProgram
 from veneer.errors import AdapterRefused
 
 _INVOCATION_LIMIT = 64  # tokens

@@ -17,6 +17,7 @@ import torch
 
 from veneer.adapters.checkpoint import Checkpoint
 from veneer.adapters.methods.base import Base
+from veneer.adapters.methods.changes import change
 from veneer.adapters.methods.common import (
     BASE_BIASES,
     CAUSAL,
@@ -29,7 +30,6 @@ from veneer.adapters.methods.common import (
     check_rank,
     choose_sites,
     explain_for,
-    factor,
     low_rank,
     read_fields,
     wrong,
@@ -104,7 +104,7 @@ def _read(checkpoint: Checkpoint, base: Base, config: Honoured, site: Site, max_
         weight = base.weight(site.name).double().reshape(site.out_features // r, r, -1, r)
         block = block.double()  # [p, r, r]
         delta = torch.einsum("piqk,pkj->piqj", weight, block) + block[:, :, None]
-        return low_rank(site, *factor(delta.reshape(site.out_features, -1), site, max_rank))
+        return change(site, delta.reshape(site.out_features, -1), max_rank, base)
     if config.init_weights == "mini":
         block = block.repeat(1, site.out_features // config.mini_r)
     runs = -(-site.in_features // r)

@@ -22,6 +22,7 @@ from torch import nn
 
 from veneer.adapters.checkpoint import Checkpoint, shown
 from veneer.adapters.methods.base import Base
+from veneer.adapters.methods.changes import change
 from veneer.adapters.methods.common import (
     BASE_BIASES,
     CAUSAL,
@@ -34,8 +35,6 @@ from veneer.adapters.methods.common import (
     add_head_copy,
     choose_sites,
     explain_for,
-    factor,
-    low_rank,
     read_fields,
     wrong,
 )
@@ -104,9 +103,14 @@ def lower(checkpoint: Checkpoint, base: Base, max_rank: int) -> Program:
     else:
         bases = draw_bases(config, sizes)
         warnings.append("save_projection is false: the bases are drawn again from projection_prng_key.")
+    if base.dtype.itemsize < 4:
+        warnings.append(
+            "RandLoRA sums large terms that nearly cancel; in 16 bits its change is rounded about twelve times as "
+            "coarsely as a LoRA's. Serve with --dtype float32 where that matters."
+        )
     return Program(
         kind="randlora",
-        sites={site.name: _read(checkpoint, config, site, bases, max_rank) for site in sites},
+        sites={site.name: _read(checkpoint, config, site, bases, max_rank, base) for site in sites},
         base_model=config.base_model_name_or_path or "",
         warnings=tuple(warnings),
     )
@@ -182,6 +186,7 @@ def _read(
     site: Site,
     bases: tuple[torch.Tensor, torch.Tensor],
     max_rank: int,
+    base: Base,
 ) -> SiteProgram:
     key = f"{PREFIX}{site.name}"
     lambdas = checkpoint.read(f"{key}.randlora_lambda").double()  # [r, bases]
@@ -195,4 +200,4 @@ def _read(
     delta = wide @ narrow * (config.randlora_alpha / config.r)
     if shortest != site.in_features:
         delta = delta.T
-    return low_rank(site, *factor(delta, site, max_rank))
+    return change(site, delta, max_rank, base)

@@ -14,6 +14,7 @@ import torch
 
 from veneer.adapters.checkpoint import Checkpoint
 from veneer.adapters.methods.base import Base
+from veneer.adapters.methods.changes import sparse_change
 from veneer.adapters.methods.common import (
     CAUSAL,
     NO_FIELD,
@@ -26,8 +27,6 @@ from veneer.adapters.methods.common import (
     check_count,
     choose_sites,
     explain_for,
-    factor,
-    low_rank,
     read_fields,
 )
 from veneer.adapters.program import Program, Site
@@ -74,17 +73,13 @@ def lower(checkpoint: Checkpoint, base: Base, max_rank: int) -> Program:
     checkpoint.require(shapes, explain_for(".shira_", base))
     return Program(
         kind="shira",
-        sites={
-            site.name: low_rank(site, *factor(_delta(checkpoint, site), site, max_rank)) for site in sites
-        },
+        sites={site.name: sparse_change(site, *_entries(checkpoint, site), max_rank, base) for site in sites},
         base_model=config.base_model_name_or_path or "",
         warnings=tuple(warnings),
     )
 
 
-def _delta(checkpoint: Checkpoint, site: Site) -> torch.Tensor:
+def _entries(checkpoint: Checkpoint, site: Site) -> tuple[torch.Tensor, torch.Tensor]:
     key = f"{PREFIX}{site.name}.shira"
-    values = checkpoint.read(f"{key}_weight").double()
-    rows, columns = checkpoint.read_indices(f"{key}_indices", site.out_features, site.in_features)
-    delta = torch.zeros(site.out_features, site.in_features, dtype=torch.double)
-    return delta.index_put((rows, columns), values, accumulate=True)
+    places = checkpoint.read_indices(f"{key}_indices", site.out_features, site.in_features)
+    return places, checkpoint.read(f"{key}_weight")

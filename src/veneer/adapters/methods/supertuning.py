@@ -11,6 +11,7 @@ Keys are `base_model.model.<module>.supertuning_values` [n], `supertuning_indice
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -18,6 +19,7 @@ from msgspec import Meta
 
 from veneer.adapters.checkpoint import Checkpoint
 from veneer.adapters.methods.base import Base
+from veneer.adapters.methods.changes import change, sparse_change
 from veneer.adapters.methods.common import (
     CAUSAL,
     NO_FIELD,
@@ -27,14 +29,14 @@ from veneer.adapters.methods.common import (
     Refusal,
     Targeting,
     add_head_copy,
+    check_need,
     choose_sites,
     explain_for,
-    factor,
     low_rank,
     read_fields,
     wrong,
 )
-from veneer.adapters.program import Program, Site
+from veneer.adapters.program import Program, Site, SiteProgram
 
 
 class Honoured(Targeting, frozen=True, kw_only=True):
@@ -75,15 +77,13 @@ def lower(checkpoint: Checkpoint, base: Base, max_rank: int) -> Program:
     sites = choose_sites(config, base, checkpoint.header, ".supertuning_", warnings)
     shapes: dict[str, tuple[int, ...]] = {}
     for site in sites:
+        check_need(site, config.r or 0, max_rank, "r", config.r)
         shapes |= _shapes(config, site)
     add_head_copy(shapes, checkpoint.header, sites, warnings)
     checkpoint.require(shapes, explain_for(".supertuning_", base))
     return Program(
         kind="supertuning",
-        sites={
-            site.name: low_rank(site, *factor(_delta(checkpoint, config, site), site, max_rank))
-            for site in sites
-        },
+        sites={site.name: _read(checkpoint, config, site, max_rank, base) for site in sites},
         base_model=config.base_model_name_or_path or "",
         warnings=tuple(warnings),
     )
@@ -101,16 +101,18 @@ def _shapes(config: Honoured, site: Site) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _delta(checkpoint: Checkpoint, config: Honoured, site: Site) -> torch.Tensor:
-    key = f"{PREFIX}{site.name}.supertuning"
-    size = site.out_features * site.in_features
-    delta = torch.zeros(size, dtype=torch.double)
-    delta.scatter_add_(
-        0, checkpoint.read_indices(f"{key}_indices", size), checkpoint.read(f"{key}_values").double()
-    )
-    delta = delta.view(site.out_features, site.in_features)
-    if config.r is not None:
-        alpha = 2 * config.r if config.lora_alpha is None else config.lora_alpha
-        b = checkpoint.read(f"{key}_lora_B.weight").double() * (alpha / config.r)
-        delta += b @ checkpoint.read(f"{key}_lora_A.weight").double()
-    return delta
+def _read(checkpoint: Checkpoint, config: Honoured, site: Site, max_rank: int, base: Base) -> SiteProgram:
+    key, inputs = f"{PREFIX}{site.name}.supertuning", site.in_features
+    places = checkpoint.read_indices(f"{key}_indices", site.out_features * inputs)
+    places = torch.stack((places // inputs, places % inputs))
+    values = checkpoint.read(f"{key}_values")
+    found = sparse_change(site, places, values, max_rank, base)
+    if config.r is None:
+        return found
+    alpha = 2 * config.r if config.lora_alpha is None else config.lora_alpha
+    a = checkpoint.read(f"{key}_lora_A.weight")
+    b = checkpoint.read(f"{key}_lora_B.weight").double().T * (alpha / config.r)
+    if found.sparse is not None:
+        return replace(low_rank(site, a, b), sparse=found.sparse)
+    delta = b.T @ a.double()
+    return change(site, delta.index_put(tuple(places), values.double(), accumulate=True), max_rank, base)

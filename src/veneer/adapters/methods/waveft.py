@@ -18,6 +18,7 @@ import torch
 
 from veneer.adapters.checkpoint import Checkpoint
 from veneer.adapters.methods.base import Base
+from veneer.adapters.methods.changes import sparse_change
 from veneer.adapters.methods.common import (
     BASE_BIASES,
     CAUSAL,
@@ -31,8 +32,6 @@ from veneer.adapters.methods.common import (
     check_count,
     choose_sites,
     explain_for,
-    factor,
-    low_rank,
     per_site,
     random_positions,
     read_fields,
@@ -90,7 +89,7 @@ def lower(checkpoint: Checkpoint, base: Base, max_rank: int) -> Program:
     return Program(
         kind="waveft",
         sites={
-            site.name: low_rank(site, *factor(_delta(checkpoint, config, site), site, max_rank))
+            site.name: sparse_change(site, *_entries(checkpoint, config, site), max_rank, base)
             for site in sites
         },
         base_model=config.base_model_name_or_path or "",
@@ -109,14 +108,15 @@ def _counts(config: Honoured, sites: Sequence[Site], warnings: list[str]) -> lis
     return [max(1, round(site.in_features * site.out_features / total * budget)) for site in sites]
 
 
-def _delta(checkpoint: Checkpoint, config: Honoured, site: Site) -> torch.Tensor:
+def _entries(checkpoint: Checkpoint, config: Honoured, site: Site) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places [2, entries] and values [entries] of ΔW."""
     values = checkpoint.read(f"{PREFIX}{site.name}.waveft_spectrum").double()
     positions = random_positions(site, len(values), config.random_loc_seed)
     if not config.use_idwt:
-        delta = torch.zeros(site.out_features, site.in_features, dtype=torch.double)
-        delta[positions[0], positions[1]] = values * config.scaling
-        return delta
-    return _inverse(values * config.scaling, positions, site, FILTERS[config.wavelet_family])
+        return positions, values * config.scaling
+    delta = _inverse(values * config.scaling, positions, site, FILTERS[config.wavelet_family])
+    places = delta.nonzero().T
+    return places, delta[places[0], places[1]]
 
 
 def _inverse(values: torch.Tensor, positions: torch.Tensor, site: Site, low: Sequence[float]) -> torch.Tensor:
