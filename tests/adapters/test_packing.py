@@ -9,11 +9,15 @@ import torch
 
 from veneer.adapters.arena import ALIGNMENT
 from veneer.adapters.packing import pack, packed_size
-from veneer.adapters.program import Program, Prompt, Site, SiteProgram, SparseMatrix, TokenRows
+from veneer.adapters.program import Activation, Program, Prompt, Site, SiteProgram, SparseMatrix, TokenRows
 from veneer.errors import AdapterRefused
 from veneer.kernels.tables import (
     ABSENT,
+    ACTIVATION,
+    ACTIVATIONS,
     COLUMNS,
+    DETAIL,
+    GROUP,
     IN_BLOCK,
     IN_OFFSET,
     OFFSETS,
@@ -37,7 +41,12 @@ def example() -> Program:
         {
             "o": SiteProgram(bias=torch.randn(24)),
             "q": SiteProgram(torch.randn(5, 24), torch.randn(5, 40), torch.randn(40)),
-            "v": SiteProgram(torch.randn(33, 24), torch.randn(33, 16)),
+            "v": SiteProgram(
+                torch.randn(33, 24),
+                torch.randn(33, 16),
+                inner_bias=torch.randn(33),
+                activation=Activation("arrow", group=10, count=3, top_k=2),
+            ),
             "dense": SiteProgram(dense=torch.randn(8, 24)),
             "k": SiteProgram(
                 rotate_in=torch.randn(3, 8, 8), scale_out=torch.randn(16), cross_out=torch.randn(16), pair=4
@@ -55,6 +64,8 @@ def test_entries_find_every_tensor_at_its_true_rank(dtype: torch.dtype) -> None:
     assert packed.entries[:, RANK].tolist() == [5, 0, 33, 0, 0]
     assert packed.entries[:, IN_BLOCK].tolist() == [0, 8, 0, 0, 0]
     assert packed.entries[:, OUT_PAIR].tolist() == [0, 4, 0, 0, 0]
+    assert packed.entries[2, [ACTIVATION, GROUP, DETAIL]].tolist() == [ACTIVATIONS.index("arrow"), 10, 2]
+    assert not packed.entries[[0, 1, 3, 4]][:, [ACTIVATION, GROUP, DETAIL]].any()
     taken = 0
     for index, site in enumerate(SITES):
         part = program.sites.get(site.name, SiteProgram())
@@ -62,7 +73,7 @@ def test_entries_find_every_tensor_at_its_true_rank(dtype: torch.dtype) -> None:
         scales = None
         if part.scale_out is not None and part.cross_out is not None:
             scales = torch.stack((part.scale_out - 1, part.cross_out))
-        stored = (part.a, part.b, part.bias, turn, scales, part.dense, None, None)
+        stored = (part.a, part.b, part.bias, turn, scales, part.dense, None, None, part.inner_bias)
         for offset, tensor in zip(packed.entries[index, OFFSETS].tolist(), stored, strict=True):
             if tensor is None:
                 assert offset == ABSENT
@@ -217,6 +228,81 @@ def test_a_value_beyond_the_dtype_is_refused_by_site() -> None:
 def test_a_program_that_does_not_fit_the_sites_is_a_fault(name: str, part: SiteProgram, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pack(Program("lora", {name: part}), SITES, torch.float32, pin=False)
+
+
+def activated(rank: int, activation: Activation | None, inner: int | None = None) -> SiteProgram:
+    inner_bias = None if inner is None else torch.ones(inner)
+    return SiteProgram(
+        torch.ones(rank, 24), torch.ones(rank, 40), inner_bias=inner_bias, activation=activation
+    )
+
+
+FITTING = [
+    activated(7, Activation("gelu_tanh"), 7),
+    activated(12, Activation("softmax", group=4)),
+    activated(12, Activation("arrow", group=3, count=3, top_k=3)),
+    activated(14, Activation("fusion", group=3, count=2, inner="relu"), 14),
+    activated(14, Activation("fusion", group=3, count=2)),
+]
+
+
+@pytest.mark.parametrize("part", FITTING)
+def test_activations_that_fit_the_rank_are_packed(part: SiteProgram) -> None:
+    packed = pack(Program("some", {"q": part}), SITES, torch.float32, pin=False)
+    assert part.activation is not None
+    assert packed.entries[0, ACTIVATION] == ACTIVATIONS.index(part.activation.kind)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        activated(7, Activation("gelu", group=7)),
+        activated(7, Activation("cubic")),
+        activated(7, Activation("")),
+        activated(12, Activation("softmax")),
+        activated(12, Activation("softmax", group=5)),
+        activated(12, Activation("softmax", group=4, count=3)),
+        activated(12, Activation("arrow", group=3, count=3)),
+        activated(12, Activation("arrow", group=3, count=3, top_k=4)),
+        activated(12, Activation("arrow", group=2, count=4, top_k=-1)),
+        activated(13, Activation("arrow", group=3, count=3, top_k=2)),
+        activated(130, Activation("arrow", group=1, count=65, top_k=2)),
+        activated(14, Activation("fusion", group=3, count=2, inner="softmax")),
+        activated(14, Activation("fusion", group=3, count=2, top_k=1)),
+        activated(15, Activation("fusion", group=3, count=2)),
+        activated(7, Activation("gelu", inner="relu")),
+    ],
+)
+def test_activations_that_do_not_fit_the_rank_are_a_fault(part: SiteProgram) -> None:
+    with pytest.raises(ValueError, match=r"Activation\(.*\) at q does not fit rank \d+"):
+        pack(Program("some", {"q": part}), SITES, torch.float32, pin=False)
+
+
+def test_an_inner_bias_needs_an_activation_of_its_rank() -> None:
+    with pytest.raises(ValueError, match="inner_bias at q needs an activation; fold"):
+        pack(Program("some", {"q": activated(7, None, 7)}), SITES, torch.float32, pin=False)
+    with pytest.raises(ValueError, match=r"inner_bias at q is \[6\], not \[7\]"):
+        pack(Program("some", {"q": activated(7, Activation("relu"), 6)}), SITES, torch.float32, pin=False)
+
+
+def test_nothing_of_weights_is_at_a_hidden_state() -> None:
+    site = Site("hidden", 24, 24, is_hidden=True)
+    with pytest.raises(ValueError, match="hidden is a hidden state, which has only A, B and bias"):
+        pack(
+            Program("some", {"hidden": SiteProgram(scale_out=torch.ones(24))}),
+            [site],
+            torch.float32,
+            pin=False,
+        )
+
+
+def test_what_is_named_and_what_can_change_nothing() -> None:
+    b = torch.ones(2, 40)
+    sigmoid = SiteProgram(torch.zeros(2, 24), b, activation=Activation("sigmoid"))  # phi(0) is not 0
+    assert Program("some", {"q": sigmoid}).primitives == ("low_rank", "activation")
+    assert not sigmoid.is_identity
+    assert SiteProgram(torch.zeros(2, 24), b).is_identity
+    assert SiteProgram(torch.ones(2, 24), 0 * b, activation=Activation("sigmoid")).is_identity
 
 
 SHAPE = (3, 2, 5, 2, 8)

@@ -84,7 +84,7 @@ class Bench:
         self.failures: list[tuple[str, VeneerError]] = []
         self.residency = Residency(
             root,
-            SimpleNamespace(sites=SITES),
+            SimpleNamespace(sites=SITES, hidden_sites={}),
             wake=self._woken.set,
             load=self._load,
             clock=lambda: self.now,

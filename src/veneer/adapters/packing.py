@@ -15,12 +15,19 @@ from veneer.errors import AdapterRefused
 from veneer.kernels.tables import (
     A_OFFSET,
     ABSENT,
+    ACTIVATION,
+    ACTIVATIONS,
     B_OFFSET,
     BIAS_OFFSET,
     DENSE_OFFSET,
+    DETAIL,
+    ELEMENTWISE,
+    GROUP,
     IN_BLOCK,
     IN_OFFSET,
+    INNER_OFFSET,
     MAX_BLOCK,
+    MAX_CHOICES,
     OFFSETS,
     OUT_OFFSET,
     OUT_PAIR,
@@ -119,6 +126,9 @@ def pack(program: Program, sites: Sequence[Site], dtype: torch.dtype, pin: bool)
         entries[index, RANK], entries[index, OUT_PAIR] = part.rank, part.pair
         entries[index, IN_BLOCK] = 0 if part.rotate_in is None else part.rotate_in.shape[1]
         entries[index, TOKENS] = 0 if part.tokens is None else len(part.tokens.ids)
+        if (found := part.activation) is not None:
+            numbers = (ACTIVATIONS.index(found.kind), found.group, found.detail)
+            entries[index, [ACTIVATION, GROUP, DETAIL]] = torch.tensor(numbers)
         for column, tensors in _tensors(part):
             entries[index, column] = offset
             offset = _put_all(tensors, blob, offset, f"at {site.name}")
@@ -182,8 +192,9 @@ def _tensors(part: SiteProgram) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]
         turn = turn - torch.eye(turn.shape[1])
     if scale is not None:
         scale = torch.stack([scale - 1] if part.cross_out is None else [scale - 1, part.cross_out])
-    columns = (A_OFFSET, B_OFFSET, BIAS_OFFSET, IN_OFFSET, OUT_OFFSET, DENSE_OFFSET)
-    for column, tensor in zip(columns, (part.a, part.b, part.bias, turn, scale, part.dense), strict=True):
+    columns = (A_OFFSET, B_OFFSET, BIAS_OFFSET, INNER_OFFSET, IN_OFFSET, OUT_OFFSET, DENSE_OFFSET)
+    single = (part.a, part.b, part.bias, part.inner_bias, turn, scale, part.dense)
+    for column, tensor in zip(columns, single, strict=True):
         if tensor is not None and tensor.numel():
             yield column, (tensor,)
     if part.sparse is not None:
@@ -194,6 +205,9 @@ def _tensors(part: SiteProgram) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]
 
 def _check_shapes(part: SiteProgram, site: Site) -> None:
     """Kernels trust the tables: a wrong shape would read another adapter's memory."""
+    of_weights = (part.rotate_in, part.scale_out, part.dense, part.sparse, part.tokens)
+    if site.is_hidden and any(each is not None for each in of_weights):
+        raise ValueError(f"{site.name} is a hidden state, which has only A, B and bias")
     rank, block = part.rank, 1 if part.rotate_in is None else part.rotate_in.shape[-1]
     if site.in_features % block or block > MAX_BLOCK:
         raise ValueError(
@@ -204,6 +218,7 @@ def _check_shapes(part: SiteProgram, site: Site) -> None:
         "A": (part.a, (rank, site.in_features)),
         "B": (part.b, (rank, site.out_features)),
         "bias": (part.bias, (site.out_features,)),
+        "inner_bias": (part.inner_bias, (rank,)),
         "rotate_in": (part.rotate_in, (site.in_features // block, block, block)),
         "scale_out": (part.scale_out, (site.out_features,)),
         "cross_out": (part.cross_out, (site.out_features,)),
@@ -221,6 +236,7 @@ def _check_shapes(part: SiteProgram, site: Site) -> None:
         raise ValueError(
             f"pair at {site.name} is {part.pair}; it must be even and divide {site.out_features}"
         )
+    _check_activation(part, site)
     if part.sparse is not None:
         _check_sparse(part.sparse, site)
     if part.tokens is not None:
@@ -249,3 +265,29 @@ def _check_tokens(tokens: TokenRows, site: Site) -> None:
         raise ValueError(f"tokens at {site.name} are {list(ids.shape)} and {list(tokens.rows.shape)}")
     if int(ids[0]) < 0 or not (ids.diff() > 0).all():
         raise ValueError(f"the ids of tokens at {site.name} must ascend from 0 or more")
+
+
+def _check_activation(part: SiteProgram, site: Site) -> None:
+    """The fields of an activation say which ranks a kernel reads."""
+    found, rank = part.activation, part.rank
+    if found is None:
+        if part.inner_bias is not None:
+            raise ValueError(f"inner_bias at {site.name} needs an activation; fold B^T d into bias")
+        return
+    sizes: dict[str, int] = dict.fromkeys(ELEMENTWISE[1:], rank) | {
+        "softmax": rank // max(found.group, 1) * found.group,
+        "arrow": found.count * (1 + found.group),
+        "fusion": found.count * (1 + 2 * found.group),
+    }
+    chooses, elementwise = found.kind in ("arrow", "fusion"), found.kind in ELEMENTWISE
+    wrong = (
+        rank == 0
+        or sizes.get(found.kind) != rank
+        or (found.group > 0) == elementwise
+        or (found.count > 0) != chooses
+        or found.count > MAX_CHOICES
+        or not (found.kind == "arrow") <= found.top_k <= (found.count if found.kind == "arrow" else 0)
+        or found.inner not in (ELEMENTWISE if found.kind == "fusion" else ("",))
+    )
+    if wrong:
+        raise ValueError(f"{found} at {site.name} does not fit rank {rank}")

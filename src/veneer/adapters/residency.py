@@ -90,8 +90,8 @@ class Residency:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Allocate the tables once. `load` lowers a folder; `wake` is called from the loader's thread."""
-        sites = list(base.sites.values())
-        self._slots = Slots(max_loras, len(sites), arena_bytes, dtype, device)
+        sites = [*base.sites.values(), *base.hidden_sites.values()]
+        self._slots = Slots(max_loras, len(sites), len(base.sites), arena_bytes, dtype, device)
         self.tables = self._slots.tables
         self.max_loras = max_loras
         self.arena_bytes = self.tables.arena.nbytes

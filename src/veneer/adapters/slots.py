@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from veneer.adapters.arena import ALIGNMENT, Arena
-from veneer.kernels.tables import AdapterTables, absent_entries, find_deltas, find_transforms
+from veneer.kernels.tables import AdapterTables, absent_entries, find_deltas, find_hidden, find_transforms
 
 
 class Place(NamedTuple):
@@ -27,8 +27,16 @@ class Slots:
     """The tables, allocated once, and which parts of them are taken."""
 
     def __init__(
-        self, count: int, sites: int, arena_bytes: int, dtype: torch.dtype, device: torch.device
+        self,
+        count: int,
+        sites: int,
+        linear_sites: int,
+        arena_bytes: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
+        """`sites` in all; the first `linear_sites` are linear layers, the others hidden states."""
+        self._linear_sites = linear_sites
         self._arena = Arena(arena_bytes // dtype.itemsize)
         if count < 1 or not self._arena.capacity:
             raise ValueError(
@@ -70,6 +78,8 @@ class Slots:
             self.tables.transforms[place.slot] = transforms
         if any(deltas := find_deltas(entries)):
             self.tables.deltas[place.slot] = deltas
+        if hidden := find_hidden(entries, self._linear_sites):
+            self.tables.hidden[place.slot] = hidden
 
     def clear(self, place: Place) -> None:
         """Give a place back. Steps launched so far still read it: see `launched`."""
@@ -77,6 +87,7 @@ class Slots:
         self.tables.entries_host[place.slot] = absent_entries(self._absent.shape[0])
         self.tables.transforms.pop(place.slot, None)
         self.tables.deltas.pop(place.slot, None)
+        self.tables.hidden.pop(place.slot, None)
         self._arena.free(place.start)
         self._free.add(place.slot)
 

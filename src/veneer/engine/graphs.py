@@ -73,6 +73,7 @@ class Variant(IntEnum):
     ADAPTED = 1
     TRANSFORMED = 2  # turns inputs and scales outputs, too: `RowTiles.transformed`
     CHANGED = 3  # adds dense and sparse changes, too: `RowTiles.deltas`
+    HIDDEN = 4  # has activations and hidden states, too: `RowTiles.hidden`
 
 
 class TableSizes(NamedTuple):
@@ -195,8 +196,8 @@ class HostTables:
 
 
 def _view(block: torch.Tensor, variant: Variant, tile_rows: int) -> RowTiles:
-    adapted, transformed = variant >= Variant.ADAPTED, variant >= Variant.TRANSFORMED
-    return view_tiles(block, (), adapted, tile_rows, transformed, variant >= Variant.CHANGED)
+    does = (variant >= each for each in (Variant.TRANSFORMED, Variant.CHANGED, Variant.HIDDEN))
+    return view_tiles(block, (), variant >= Variant.ADAPTED, tile_rows, *does)
 
 
 @dataclass(frozen=True)
@@ -279,6 +280,8 @@ class StepGraphs(ABC):
             need = Variant.TRANSFORMED
         if tables is not None and not slots.isdisjoint(tables.deltas):
             need = Variant.CHANGED
+        if tables is not None and not slots.isdisjoint(tables.hidden):
+            need = Variant.HIDDEN
         return next((variant for variant in self._variants if variant >= need), None)
 
     def _fill(self, planned: Rows[Scheduled], bucket: int, previous: Rows[int] | None) -> None:
@@ -319,13 +322,11 @@ class StepGraphs(ABC):
         # An index of -1 is harmless: it reads the last token, and the row has an id of its own.
         ids = torch.where(previous < 0, rows[IDS], self._tokens[previous])
         last_rows = self._last_rows()
-        out = self._base.model(
+        logits = self._base.forward(
             input_ids=ids.unsqueeze(0),
             position_ids=rows[POSITIONS].long().unsqueeze(0),
-            use_cache=False,
             logits_to_keep=0 if last_rows is None else last_rows,
         )
-        logits: torch.Tensor = out.logits[0]
         torch.argmax(logits, -1, out=self._tokens[: len(logits)])
         return logits, ids if last_rows is None else ids[last_rows]
 
@@ -343,14 +344,17 @@ class DecodeGraphs(StepGraphs):
         max_pages: int,
         max_batch: int,
         slots: int,
-        transforms: bool = True,
+        every_variant: bool = True,
     ) -> None:
-        """As for `StepGraphs`; `max_pages` of a sequence, `slots` of adapters; with `transforms` every variant."""
+        """As for `StepGraphs`; `max_pages` of a sequence, `slots` of adapters.
+
+        Without `every_variant` steps with transforms, activations or hidden states have no graph.
+        """
         self._slots = slots
         self._tile_rows = choose_tile_rows(max_batch)
         sizes = TableSizes(DECODE_FIELDS, max_batch, self._tile_entries(max_batch), 0, max_batch, max_pages)
         buckets = buckets_up_to(max_batch)
-        variants = tuple(Variant) if transforms else (Variant.BASE, Variant.ADAPTED)
+        variants = tuple(Variant) if every_variant else (Variant.BASE, Variant.ADAPTED)
         super().__init__(base, tokens, buckets, sizes, page_size, scratch_page, variants)
         self._query_start = torch.arange(max_batch + 1, dtype=torch.int32, device=base.device)
 
@@ -410,7 +414,7 @@ class MixedGraphs(StepGraphs):
             self._sequences,
             max_pages,
         )
-        variants = (Variant.ADAPTED, Variant.TRANSFORMED, Variant.CHANGED)
+        variants = tuple(Variant)[Variant.ADAPTED :]
         super().__init__(base, tokens, buckets, sizes, page_size, scratch_page, variants)
 
     def fits(self, planned: Rows[Scheduled]) -> bool:

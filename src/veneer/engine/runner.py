@@ -122,8 +122,8 @@ class Runner:
     def capture_graphs(self, max_batch: int, max_model_len: int, everything: bool) -> None:
         """From here on, steps of decode rows alone replay CUDA graphs.
 
-        With `everything` also those with adapters that transform inputs or outputs, and mixed steps of up to
-        1024 rows.
+        With `everything` also those with adapters that transform inputs or outputs, have activations or act at
+        hidden states, and mixed steps of up to 1024 rows.
         """
         started = time.monotonic()
         sizes: dict[str, int] = {
@@ -137,7 +137,7 @@ class Runner:
         mixed = None  # captured first, because they need the most memory
         if everything and self._max_rows >= MIXED_BUCKETS[0]:
             mixed = MixedGraphs(self.base, self._tokens, max_rows=self._max_rows, **sizes)
-        graphs = DecodeGraphs(self.base, self._tokens, **sizes, transforms=everything)
+        graphs = DecodeGraphs(self.base, self._tokens, **sizes, every_variant=everything)
         counts = [0 if family is None else family.capture(pool) for family in (mixed, graphs)]
         torch.cuda.synchronize(self.base.device)
         logger.info(
@@ -200,13 +200,11 @@ class Runner:
         step.rows = self._tiles(segments_of(planned), sum(counts))
         sampling = [item for item in planned if item.samples]
         step.head_rows = self._tiles(head_segments_of(sampling), len(sampling))
-        out = self.base.model(
+        logits = self.base.forward(
             input_ids=ids.unsqueeze(0),
             position_ids=packed.positions.long().unsqueeze(0),
-            use_cache=False,
             logits_to_keep=last_rows,
         )
-        logits: torch.Tensor = out.logits[0]
         return logits, ids[last_rows]
 
     def _pack(self, planned: Rows[Scheduled], previous: Rows[int] | None) -> _Packed:
@@ -241,7 +239,7 @@ class Runner:
     def _tiles(self, segments: Rows[Segment], rows: int) -> RowTiles:
         tables = self._step.tables
         assert tables is not None  # set at the start
-        flags = tables.transform(segments), tables.delta(segments)
+        flags = tables.transform(segments), tables.delta(segments), tables.has_hidden(segments)
         return make_tiles(segments, rows, self._slots, self.base.device, *flags)
 
     def _sampling_row(self, item: Scheduled) -> SamplingRow:
