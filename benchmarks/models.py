@@ -16,6 +16,7 @@ from torch import nn
 from veneer.adapters.program import Program, SiteProgram
 from veneer.engine.base import Base, fuse_norms, resolve_device, resolve_dtype, wrap_linears
 from veneer.engine.fused import fuse_layers
+from veneer.engine.hidden import HiddenStates
 from veneer.engine.layers import ATTENTION_NAME, StepContext
 from veneer.engine.packed import PackedLinear, fuse
 from veneer.engine.source import cache_folder
@@ -239,12 +240,14 @@ def random_base(layers: int | None = None, shapes: str = "8b") -> Base:
     fuse_norms(model)
     context = StepContext()
     sites = wrap_linears(model, context, named)
+    hidden = HiddenStates(model, context, sites)
     notes: list[str] = []
     notes.append(f"fused decoder layers: {fuse_layers(model, context, notes)} of {config.num_hidden_layers}")
     return Base(
         model=model,
         config=model.config,
         sites=sites,
+        hidden=hidden,
         context=context,
         device=device,
         dtype=dtype,

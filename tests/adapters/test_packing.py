@@ -9,19 +9,21 @@ import torch
 
 from veneer.adapters.arena import ALIGNMENT
 from veneer.adapters.packing import pack, packed_size
-from veneer.adapters.program import Program, Prompt, Site, SiteProgram, SparseMatrix, TokenRows
-from veneer.adapters.reach import Reach, Span
+from veneer.adapters.program import Activation, Program, Prompt, Site, SiteProgram, SparseMatrix, TokenRows
 from veneer.errors import AdapterRefused
 from veneer.kernels.tables import (
     ABSENT,
+    ACTIVATION,
+    ACTIVATIONS,
     COLUMNS,
+    DETAIL,
+    GROUP,
     IN_BLOCK,
     IN_OFFSET,
     OFFSETS,
     OUT_OFFSET,
     OUT_PAIR,
     RANK,
-    SLOTS_EACH,
     SPARSE_OFFSET,
     TOKENS,
     TOKENS_OFFSET,
@@ -39,7 +41,12 @@ def example() -> Program:
         {
             "o": SiteProgram(bias=torch.randn(24)),
             "q": SiteProgram(torch.randn(5, 24), torch.randn(5, 40), torch.randn(40)),
-            "v": SiteProgram(torch.randn(33, 24), torch.randn(33, 16)),
+            "v": SiteProgram(
+                torch.randn(33, 24),
+                torch.randn(33, 16),
+                inner_bias=torch.randn(33),
+                activation=Activation("arrow", group=10, count=3, top_k=2),
+            ),
             "dense": SiteProgram(dense=torch.randn(8, 24)),
             "k": SiteProgram(
                 rotate_in=torch.randn(3, 8, 8), scale_out=torch.randn(16), cross_out=torch.randn(16), pair=4
@@ -53,12 +60,12 @@ def test_entries_find_every_tensor_at_its_true_rank(dtype: torch.dtype) -> None:
     program = example()
     packed = pack(program, SITES, dtype, pin=False)
     assert packed.blob.dtype == dtype
-    assert packed.entries.shape == (SLOTS_EACH, 5, COLUMNS)
-    entries, tail = packed.entries
-    assert torch.equal(tail, absent_entries(5))
-    assert entries[:, RANK].tolist() == [5, 0, 33, 0, 0]
-    assert entries[:, IN_BLOCK].tolist() == [0, 8, 0, 0, 0]
-    assert entries[:, OUT_PAIR].tolist() == [0, 4, 0, 0, 0]
+    assert packed.entries.shape == (5, COLUMNS)
+    assert packed.entries[:, RANK].tolist() == [5, 0, 33, 0, 0]
+    assert packed.entries[:, IN_BLOCK].tolist() == [0, 8, 0, 0, 0]
+    assert packed.entries[:, OUT_PAIR].tolist() == [0, 4, 0, 0, 0]
+    assert packed.entries[2, [ACTIVATION, GROUP, DETAIL]].tolist() == [ACTIVATIONS.index("arrow"), 10, 2]
+    assert not packed.entries[[0, 1, 3, 4]][:, [ACTIVATION, GROUP, DETAIL]].any()
     taken = 0
     for index, site in enumerate(SITES):
         part = program.sites.get(site.name, SiteProgram())
@@ -66,8 +73,8 @@ def test_entries_find_every_tensor_at_its_true_rank(dtype: torch.dtype) -> None:
         scales = None
         if part.scale_out is not None and part.cross_out is not None:
             scales = torch.stack((part.scale_out - 1, part.cross_out))
-        stored = (part.a, part.b, part.bias, turn, scales, part.dense, None, None)
-        for offset, tensor in zip(entries[index, OFFSETS].tolist(), stored, strict=True):
+        stored = (part.a, part.b, part.bias, turn, scales, part.dense, None, None, part.inner_bias)
+        for offset, tensor in zip(packed.entries[index, OFFSETS].tolist(), stored, strict=True):
             if tensor is None:
                 assert offset == ABSENT
                 continue
@@ -84,7 +91,7 @@ def test_bfloat16_holds_what_differs_from_the_identity() -> None:
     part = SiteProgram(rotate_in=torch.full((24, 1, 1), 1.001), scale_out=torch.full((40,), 0.999))
     packed = pack(Program("ia3", {"q": part}), SITES, torch.bfloat16, pin=False)
     for column, size, change in ((IN_OFFSET, 24, 0.001), (OUT_OFFSET, 40, -0.001)):
-        offset = int(packed.entries[0, 0, column])
+        offset = int(packed.entries[0, column])
         found = packed.blob[offset : offset + size].float()
         assert torch.allclose(found, torch.tensor(change), rtol=2**-8)
 
@@ -125,8 +132,8 @@ def tokens() -> TokenRows:
 def test_whole_numbers_keep_their_bits(dtype: torch.dtype) -> None:
     program = Program("x", {"v": SiteProgram(sparse=matrix(), tokens=tokens())})
     packed = pack(program, SITES, dtype, pin=False)
-    [sparse, rows] = packed.entries[0, 2, [SPARSE_OFFSET, TOKENS_OFFSET]].tolist()
-    assert packed.entries[0, :, TOKENS].tolist() == [0, 0, 3, 0, 0]
+    [sparse, rows] = packed.entries[2, [SPARSE_OFFSET, TOKENS_OFFSET]].tolist()
+    assert packed.entries[:, TOKENS].tolist() == [0, 0, 3, 0, 0]
     at = sparse
     for stored in (matrix().starts, matrix().columns):
         place = at * dtype.itemsize // 4
@@ -177,9 +184,9 @@ def test_entries_at_moves_only_what_is_there() -> None:
     moved = packed.entries_at(1280)
     assert torch.equal(packed.entries, before)
     sizes = [RANK, IN_BLOCK, OUT_PAIR]
-    assert torch.equal(moved[..., sizes], before[..., sizes])
+    assert torch.equal(moved[:, sizes], before[:, sizes])
     for was, now in zip(
-        before[..., OFFSETS].flatten().tolist(), moved[..., OFFSETS].flatten().tolist(), strict=True
+        before[:, OFFSETS].flatten().tolist(), moved[:, OFFSETS].flatten().tolist(), strict=True
     ):
         assert now == (ABSENT if was == ABSENT else was + 1280)
 
@@ -188,7 +195,7 @@ def test_rank_zero_is_absent() -> None:
     empty = Program("lora", {"k": SiteProgram(torch.empty(0, 24), torch.empty(0, 16))})
     packed = pack(empty, SITES, torch.float32, pin=False)
     assert packed.size == 0
-    assert torch.equal(packed.entries, absent_entries(SLOTS_EACH, 5))
+    assert torch.equal(packed.entries, absent_entries(5))
 
 
 def test_a_value_beyond_the_dtype_is_refused_by_site() -> None:
@@ -223,6 +230,81 @@ def test_a_program_that_does_not_fit_the_sites_is_a_fault(name: str, part: SiteP
         pack(Program("lora", {name: part}), SITES, torch.float32, pin=False)
 
 
+def activated(rank: int, activation: Activation | None, inner: int | None = None) -> SiteProgram:
+    inner_bias = None if inner is None else torch.ones(inner)
+    return SiteProgram(
+        torch.ones(rank, 24), torch.ones(rank, 40), inner_bias=inner_bias, activation=activation
+    )
+
+
+FITTING = [
+    activated(7, Activation("gelu_tanh"), 7),
+    activated(12, Activation("softmax", group=4)),
+    activated(12, Activation("arrow", group=3, count=3, top_k=3)),
+    activated(14, Activation("fusion", group=3, count=2, inner="relu"), 14),
+    activated(14, Activation("fusion", group=3, count=2)),
+]
+
+
+@pytest.mark.parametrize("part", FITTING)
+def test_activations_that_fit_the_rank_are_packed(part: SiteProgram) -> None:
+    packed = pack(Program("some", {"q": part}), SITES, torch.float32, pin=False)
+    assert part.activation is not None
+    assert packed.entries[0, ACTIVATION] == ACTIVATIONS.index(part.activation.kind)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        activated(7, Activation("gelu", group=7)),
+        activated(7, Activation("cubic")),
+        activated(7, Activation("")),
+        activated(12, Activation("softmax")),
+        activated(12, Activation("softmax", group=5)),
+        activated(12, Activation("softmax", group=4, count=3)),
+        activated(12, Activation("arrow", group=3, count=3)),
+        activated(12, Activation("arrow", group=3, count=3, top_k=4)),
+        activated(12, Activation("arrow", group=2, count=4, top_k=-1)),
+        activated(13, Activation("arrow", group=3, count=3, top_k=2)),
+        activated(130, Activation("arrow", group=1, count=65, top_k=2)),
+        activated(14, Activation("fusion", group=3, count=2, inner="softmax")),
+        activated(14, Activation("fusion", group=3, count=2, top_k=1)),
+        activated(15, Activation("fusion", group=3, count=2)),
+        activated(7, Activation("gelu", inner="relu")),
+    ],
+)
+def test_activations_that_do_not_fit_the_rank_are_a_fault(part: SiteProgram) -> None:
+    with pytest.raises(ValueError, match=r"Activation\(.*\) at q does not fit rank \d+"):
+        pack(Program("some", {"q": part}), SITES, torch.float32, pin=False)
+
+
+def test_an_inner_bias_needs_an_activation_of_its_rank() -> None:
+    with pytest.raises(ValueError, match="inner_bias at q needs an activation; fold"):
+        pack(Program("some", {"q": activated(7, None, 7)}), SITES, torch.float32, pin=False)
+    with pytest.raises(ValueError, match=r"inner_bias at q is \[6\], not \[7\]"):
+        pack(Program("some", {"q": activated(7, Activation("relu"), 6)}), SITES, torch.float32, pin=False)
+
+
+def test_nothing_of_weights_is_at_a_hidden_state() -> None:
+    site = Site("hidden", 24, 24, is_hidden=True)
+    with pytest.raises(ValueError, match="hidden is a hidden state, which has only A, B and bias"):
+        pack(
+            Program("some", {"hidden": SiteProgram(scale_out=torch.ones(24))}),
+            [site],
+            torch.float32,
+            pin=False,
+        )
+
+
+def test_what_is_named_and_what_can_change_nothing() -> None:
+    b = torch.ones(2, 40)
+    sigmoid = SiteProgram(torch.zeros(2, 24), b, activation=Activation("sigmoid"))  # phi(0) is not 0
+    assert Program("some", {"q": sigmoid}).primitives == ("low_rank", "activation")
+    assert not sigmoid.is_identity
+    assert SiteProgram(torch.zeros(2, 24), b).is_identity
+    assert SiteProgram(torch.ones(2, 24), 0 * b, activation=Activation("sigmoid")).is_identity
+
+
 SHAPE = (3, 2, 5, 2, 8)
 
 
@@ -235,7 +317,7 @@ def test_virtual_tokens_come_after_the_tensors_of_sites(dtype: torch.dtype) -> N
     for prompt in (Prompt(SHAPE, kv=kv), Prompt(SHAPE, embeddings=embeddings)):
         program = Program("both", sites, prompt=prompt)
         packed = pack(program, SITES, dtype, pin=False)
-        assert tuple(packed.layout) == (packed.size, packed.prompt, Reach(virtual=5))
+        assert tuple(packed.layout) == (packed.size, packed.prompt, ())
         assert packed.size == packed_size(program, dtype.itemsize)
         assert packed.entries.equal(plain.entries)
         assert packed.blob[: plain.size].equal(plain.blob)
@@ -256,32 +338,9 @@ def test_virtual_tokens_come_after_the_tensors_of_sites(dtype: torch.dtype) -> N
     assert plain.prompt is None
 
 
-def test_the_layout_says_where_the_adapter_acts() -> None:
-    span = Span(3, 2, has_tail=True)
-    unplaced = Prompt(SHAPE, kv=torch.ones(SHAPE), takes_positions=False)
-    for program, reach in (
-        (Program("plain", {}), Reach()),
-        (Program("activated", {}, invocation=(4, 2)), Reach(invocation=(4, 2))),
-        (Program("ends", {}, span=span), Reach(span=span)),
-        (Program("prefix", {}, prompt=unplaced), Reach(virtual=5, virtual_positions=False)),
-    ):
-        assert pack(program, SITES, torch.float32, pin=False).layout.reach == reach
-
-
-def test_a_tail_has_entries_of_its_own() -> None:
-    torch.manual_seed(5)
-    head = {"q": SiteProgram(torch.randn(2, 24), torch.randn(2, 40))}
-    tail = {name: SiteProgram(torch.randn(3, 24), torch.randn(3, 16)) for name in ("k", "v")}
-    program = Program("ends", head, span=Span(1, 1, has_tail=True), tail=tail)
-    assert (program.rank, program.num_bytes(4)) == (3, 4 * (2 * 64 + 2 * 3 * 40))
-    packed = pack(program, SITES, torch.float32, pin=False)
-    assert packed.size == packed_size(program, 4)
-    assert packed.entries[:, :, RANK].tolist() == [[2, 0, 0, 0, 0], [0, 3, 3, 0, 0]]
-    at = int(packed.entries[1, 2, OFFSETS[0]])
-    assert packed.blob[at : at + 72].view(3, 24).equal(tail["v"].tensors[0])
-    assert not Program("ends", {}, tail=tail).is_identity
-    with pytest.raises(ValueError, match="nowhere"):
-        pack(Program("ends", {}, tail={"nowhere": tail["k"]}), SITES, torch.float32, pin=False)
+def test_the_layout_has_the_invocation() -> None:
+    packed = pack(Program("activated", {}, invocation=(4, 2)), SITES, torch.float32, pin=False)
+    assert packed.layout.invocation == (4, 2)
 
 
 def test_virtual_tokens_must_fit_type_and_shape() -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from veneer.engine.config import EngineConfig
+from veneer.engine.graphs import LENGTHS, DecodeGraphs, Variant, _Captured, buckets_up_to
 from veneer.engine.messages import Generate, Outputs, SamplingParams, SequenceOutput
+from veneer.kernels.tables import Segment
 
 
 class Driver:
@@ -90,3 +94,50 @@ def make_engine(tmp_path: Path) -> Iterator[Callable[..., Driver]]:
     yield make
     for driver in made:
         driver.engine.close()
+
+
+class Replay:
+    """In place of a captured graph: the forward over the static tables, each time anew, on the CPU."""
+
+    def __init__(self, graphs: DecodeGraphs, bucket: int, variant: Variant) -> None:
+        self.graphs, self.bucket, self.variant, self.replays = graphs, bucket, variant, 0
+        vocabulary = graphs._base.config.vocab_size
+        ids = torch.empty(bucket, dtype=torch.int64)
+        self.captured = _Captured(self, torch.empty(bucket, vocabulary), ids)  # type: ignore[arg-type]
+
+    def replay(self) -> None:
+        self.replays += 1
+        graphs, step = self.graphs, self.graphs._base.context
+        graphs._bind(self.bucket, self.variant)
+        assert step.rows is not None
+        assert step.batch is not None
+        # the torch kernels go by host lists, which a graph has not; they are read back from the tables
+        tiles = step.rows.tiles[: int(step.rows.used)].tolist()
+        segments = tuple(Segment(slot, first, first + rows) for slot, first, rows in tiles)
+        step.rows = step.head_rows = replace(step.rows, segments=segments)
+        step.batch = replace(step.batch, kv_lens=graphs._tables.rows[LENGTHS, : self.bucket].tolist())
+        logits, ids = graphs._forward(self.bucket)
+        self.captured.logits.copy_(logits)
+        self.captured.ids.copy_(ids)
+
+
+@pytest.fixture
+def replay_graphs() -> Callable[[Any], list[Replay]]:
+    """A function: engine -> what stands for its decode graphs of up to 16 rows from then on."""
+
+    def make(engine: Any) -> list[Replay]:
+        graphs = DecodeGraphs(
+            engine.base,
+            engine.runner._tokens,
+            page_size=engine.config.page_size,
+            scratch_page=engine.pool.num_pages,
+            max_pages=-(-engine.max_model_len // engine.config.page_size),
+            max_batch=16,
+            slots=engine.config.max_loras,
+        )
+        made = [Replay(graphs, bucket, variant) for bucket in buckets_up_to(16) for variant in Variant]
+        graphs._captured = {(each.bucket, each.variant): each.captured for each in made}
+        engine.runner.graphs = graphs
+        return made
+
+    return make

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from veneer.engine.graphs import MixedGraphs, head_segments_of, segments_of
 from veneer.engine.messages import AdapterChecked, CheckAdapter, SamplingParams
 from veneer.engine.scheduler import Scheduled
-from veneer.engine.sequence import Change, Sequence
+from veneer.engine.sequence import NEVER, Sequence
 from veneer.kernels.low_rank import make_tiles
 from veneer.kernels.tables import BASE_SLOT, Segment
 
@@ -212,17 +212,16 @@ def test_an_upload_is_probed_with_its_invocation(
 # ---- rows and tiles ---------------------------------------------------------------------------------
 
 
-def item(slot: int, start: int, count: int, active_from: int | None = 0) -> Scheduled:
+def item(slot: int, start: int, count: int, active_from: int = 0) -> Scheduled:
     sequence = Sequence(id="s", tokens=[1] * (start + count), sampling=SamplingParams(max_tokens=1))
-    sequence.slot = slot
-    sequence.changes = () if active_from is None else (Change(active_from, 0),)
+    sequence.slot, sequence.active_from = slot, active_from
     return Scheduled(sequence, start, count, True)
 
 
 def test_rows_before_the_invocation_are_base_rows() -> None:
     items = [
         item(BASE_SLOT, 0, 2),
-        item(2, 0, 3, None),
+        item(2, 0, 3, NEVER),
         item(2, 4, 1, 9),  # all of it comes before
         item(0, 2, 5, 4),  # two of five do
         item(0, 0, 4, 1),

@@ -11,14 +11,21 @@ from dataclasses import replace
 
 import torch
 
-from veneer.kernels import attention, epilogue, low_rank, nf4, norm, transform
+from veneer.kernels import activation, attention, epilogue, low_rank, nf4, norm, transform
 from veneer.kernels.nf4_layout import Nf4Codes, Nf4Weight, pack_nf4
 from veneer.kernels.nf4_plan import Device, make_plan
 from veneer.kernels.tables import (
+    A_OFFSET,
+    ACTIVATION,
+    ACTIVATIONS,
     ALIGNED,
+    B_OFFSET,
     BASE_SLOT,
+    DETAIL,
+    GROUP,
     IN_BLOCK,
     IN_OFFSET,
+    INNER_OFFSET,
     OUT_OFFSET,
     OUT_PAIR,
     RANK,
@@ -102,6 +109,32 @@ def run_transforms() -> None:
             transform.transform_output(random(rows, features), tables, tiles, 0)
 
 
+def run_activations() -> None:
+    """One adapter of each kind, with ranks that are no multiples of the tiles; the arena ends with the last d."""
+    inputs, outputs = 72, 40
+    settings = {"softmax": (33, 11, 0), "arrow": (35, 4, 3), "fusion": (39, 6, 1)}
+    kinds = [(kind, *settings.get(kind, (19, 0, 0))) for kind in ACTIVATIONS[1:]]
+    entries = absent_entries(len(kinds), 1)
+    at = 0
+    for slot, (kind, rank, group, detail) in enumerate(kinds):
+        places = []
+        for size in (rank * inputs, rank * outputs, rank):
+            places.append(at)
+            at += -(-size // ALIGNED) * ALIGNED
+        entries[slot, 0, [A_OFFSET, B_OFFSET, INNER_OFFSET, RANK]] = torch.tensor([*places, rank])
+        entries[slot, 0, [ACTIVATION, GROUP, DETAIL]] = torch.tensor([ACTIVATIONS.index(kind), group, detail])
+    tables = AdapterTables(random(at), entries.cuda(), entries)
+    for each in (1, 30):
+        segments = [Segment(slot, slot * each, (slot + 1) * each) for slot in range(len(kinds))]
+        rows = segments[-1].stop + 1
+        segments.append(Segment(BASE_SLOT, rows - 1, rows))
+        tiles = low_rank.make_tiles(segments, rows, len(kinds), torch.device("cuda"), hidden=True)
+        workspace = low_rank.Workspace(tables, rows, 39)
+        low_rank.shrink(random(rows, inputs), tables, tiles, 0, 1, workspace)
+        activation.activate(tables, tiles, 0, 1, rows, workspace)
+        epilogue.add_update(random(1, rows, outputs), tables, tiles, 0, workspace)
+
+
 def run_attention() -> None:
     heads, kv_heads, head_dim, page = 4, 2, 32, 4
     query_lens, kv_lens = [1, 1, 7, 33], [1, 29, 7, 40]
@@ -133,6 +166,7 @@ def main() -> None:
     run_layer(5, [Segment(BASE_SLOT, 0, 2), Segment(0, 2, 3), Segment(1, 3, 5)], [3, 40])
     run_layer(300, [Segment(BASE_SLOT, 0, 90), Segment(0, 90, 181), Segment(1, 181, 300)], [16, 17])
     run_transforms()
+    run_activations()
     run_attention()
     torch.cuda.synchronize()
     print("every kernel has run")

@@ -20,14 +20,7 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-from veneer.adapters.names import (
-    CONFIG_FILE,
-    CONFIG_LIMIT,
-    HEAD_ADVICE,
-    HEAD_FILES,
-    WEIGHTS_FILE,
-    stored_name,
-)
+from veneer.adapters.names import CONFIG_FILE, CONFIG_LIMIT, WEIGHTS_FILE
 from veneer.adapters.staging import FILES, Staging
 from veneer.errors import AdapterRefused
 
@@ -42,7 +35,6 @@ _COMPANIONS = {
     "LICENSE.txt",
     "README.md",
     "added_tokens.json",
-    "head_config.json",
     "chat_template.jinja",
     "merges.txt",
     "special_tokens_map.json",
@@ -101,16 +93,17 @@ def unpack(archive: BinaryIO, staging: Staging, max_bytes: int) -> tuple[str, ..
             path = _checked_path(entry)
             if entry.is_folder:
                 continue
-            if (name := stored_name(path.name)) in FILES and not _is_finder_copy(path):
-                if name in found:
-                    raise _refused(entry.name, f"the archive has a second file of that kind, {found[name]}")
-                found[name] = path
-                staging.write(name, _limited(entry, limits[name]), limits[name])
+            if path.name in FILES and not _is_finder_copy(path):
+                if path.name in found:
+                    raise _refused(
+                        entry.name, f"the archive has a second file of that name, {found[path.name]}"
+                    )
+                found[path.name] = path
+                chunks = _limited(entry, limits[path.name])
+                staging.write(path.name, chunks, limits[path.name])
             elif path.name in _COMPANIONS or _is_finder_copy(path):
                 spare -= sum(len(chunk) for chunk in _limited(entry, spare))
                 skipped.append(path.name)
-            elif path.name in HEAD_FILES:
-                raise _refused(entry.name, HEAD_ADVICE)
             elif path.suffix in _PICKLES:
                 raise _refused(entry.name, "pickle files can run code; save with safe_serialization=True")
             else:

@@ -16,17 +16,7 @@ from veneer.errors import InvalidRequest, NotFound
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-ADAPTERHUB_WEIGHTS = "adapter.safetensors"  # what AdapterHub's library calls it; it is stored as WEIGHTS_FILE
-HEAD_FILES = (
-    "model_head.safetensors",
-    "pytorch_model_head.bin",
-)  # that library's, of the head beside an adapter
 CONFIG_LIMIT = 1 << 20  # bytes
-
-HEAD_ADVICE = (
-    "AdapterHub's library trains the output head with an adapter; `veneer adapters convert FOLDER --output OUT` "
-    "puts both into one file, which is served if the head is still the base's. If it was not trained, leave it out"
-)
 
 NAME_LIMIT = 128  # characters
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._/-]{{0,{NAME_LIMIT - 1}}}")
@@ -47,11 +37,6 @@ class Selector(NamedTuple):
 
     name: str
     version: int | None = None  # None: the version the name points to now
-
-
-def stored_name(filename: str) -> str:
-    """The name under which a file of an adapter is stored."""
-    return WEIGHTS_FILE if filename == ADAPTERHUB_WEIGHTS else filename
 
 
 def is_name(text: str) -> bool:

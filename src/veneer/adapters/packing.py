@@ -11,22 +11,27 @@ import torch
 
 from veneer.adapters.arena import align
 from veneer.adapters.program import HEAD, Program, Prompt, Site, SiteProgram, SparseMatrix, TokenRows
-from veneer.adapters.reach import EVERYWHERE, Reach
 from veneer.errors import AdapterRefused
 from veneer.kernels.tables import (
     A_OFFSET,
     ABSENT,
+    ACTIVATION,
+    ACTIVATIONS,
     B_OFFSET,
     BIAS_OFFSET,
     DENSE_OFFSET,
+    DETAIL,
+    ELEMENTWISE,
+    GROUP,
     IN_BLOCK,
     IN_OFFSET,
+    INNER_OFFSET,
     MAX_BLOCK,
+    MAX_CHOICES,
     OFFSETS,
     OUT_OFFSET,
     OUT_PAIR,
     RANK,
-    SLOTS_EACH,
     SPARSE_OFFSET,
     TOKENS,
     TOKENS_OFFSET,
@@ -55,7 +60,7 @@ class Layout(NamedTuple):
 
     size: int  # elements, a multiple of the alignment
     prompt: PackedPrompt | None
-    reach: Reach = EVERYWHERE
+    invocation: tuple[int, ...] = ()  # see `Program`
 
 
 @dataclass(frozen=True)
@@ -63,13 +68,13 @@ class PackedAdapter:
     """An adapter in host memory as it will lie in the arena, at its true ranks."""
 
     blob: torch.Tensor  # [elements] of the engine's dtype, pinned when it goes to a GPU
-    entries: torch.Tensor  # int64 [SLOTS_EACH, sites, COLUMNS], of kernels/tables.py, offsets from the blob
+    entries: torch.Tensor  # int64 [sites, COLUMNS], of kernels/tables.py, offsets from the blob's start
     prompt: PackedPrompt | None = None
-    reach: Reach = EVERYWHERE
+    invocation: tuple[int, ...] = ()
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.size, self.prompt, self.reach)
+        return Layout(self.size, self.prompt, self.invocation)
 
     @property
     def size(self) -> int:
@@ -85,10 +90,10 @@ class PackedAdapter:
         return taken + self.entries.nbytes
 
     def entries_at(self, start: int) -> torch.Tensor:
-        """The entries for a blob that lies at `start` in the arena, of the same shape, pinned as the blob."""
+        """The entries for a blob that lies at `start` in the arena, int64 [sites, COLUMNS], pinned as the blob."""
         moved = self.entries.clone()
-        offsets = moved[..., OFFSETS]
-        moved[..., OFFSETS] = offsets + (offsets != ABSENT) * start
+        offsets = moved[:, OFFSETS]
+        moved[:, OFFSETS] = offsets + (offsets != ABSENT) * start
         return moved.pin_memory() if self.blob.is_pinned() else moved
 
 
@@ -96,7 +101,7 @@ def packed_size(program: Program, itemsize: int) -> int:
     """Elements of `itemsize` bytes that `pack` will take, known before anything is allocated."""
     at_sites = sum(
         align(sum(_room(tensor, itemsize) for tensor in tensors))
-        for site in program.parts
+        for site in program.sites.values()
         for _, tensors in _tensors(site)
     )
     return at_sites + _prompt_size(program.prompt)
@@ -108,28 +113,26 @@ def pack(program: Program, sites: Sequence[Site], dtype: torch.dtype, pin: bool)
     `sites` are the base's, in the order of the tables. Raises `AdapterRefused` for a value that `dtype` cannot
     hold, and ValueError for a program that does not fit the sites: that is a fault of the method that made it.
     """
-    if unknown := {*program.sites, *program.tail} - {site.name for site in sites}:
+    if unknown := program.sites.keys() - {site.name for site in sites}:
         raise ValueError(f"the program has tensors at {sorted(unknown)}, which the base does not have")
     blob = torch.zeros(packed_size(program, dtype.itemsize), dtype=dtype, pin_memory=pin)
-    entries = absent_entries(SLOTS_EACH, len(sites))
+    entries = absent_entries(len(sites))
     offset = 0
-    for parts, table in zip((program.sites, program.tail), entries, strict=True):
-        for index, site in enumerate(sites):
-            if part := parts.get(site.name):
-                offset = _pack_site(part, site, table[index], blob, offset)
-    return PackedAdapter(blob, entries, _pack_prompt(program.prompt, blob, offset), program.reach)
-
-
-def _pack_site(part: SiteProgram, site: Site, entry: torch.Tensor, blob: torch.Tensor, offset: int) -> int:
-    """Write the tensors from `offset` on, and where they lie into `entry`; returns the offset after them."""
-    _check_shapes(part, site)
-    entry[RANK], entry[OUT_PAIR] = part.rank, part.pair
-    entry[IN_BLOCK] = 0 if part.rotate_in is None else part.rotate_in.shape[1]
-    entry[TOKENS] = 0 if part.tokens is None else len(part.tokens.ids)
-    for column, tensors in _tensors(part):
-        entry[column] = offset
-        offset = _put_all(tensors, blob, offset, f"at {site.name}")
-    return offset
+    for index, site in enumerate(sites):
+        part = program.sites.get(site.name)
+        if part is None:
+            continue
+        _check_shapes(part, site)
+        entries[index, RANK], entries[index, OUT_PAIR] = part.rank, part.pair
+        entries[index, IN_BLOCK] = 0 if part.rotate_in is None else part.rotate_in.shape[1]
+        entries[index, TOKENS] = 0 if part.tokens is None else len(part.tokens.ids)
+        if (found := part.activation) is not None:
+            numbers = (ACTIVATIONS.index(found.kind), found.group, found.detail)
+            entries[index, [ACTIVATION, GROUP, DETAIL]] = torch.tensor(numbers)
+        for column, tensors in _tensors(part):
+            entries[index, column] = offset
+            offset = _put_all(tensors, blob, offset, f"at {site.name}")
+    return PackedAdapter(blob, entries, _pack_prompt(program.prompt, blob, offset), program.invocation)
 
 
 def _put_all(tensors: Sequence[torch.Tensor], blob: torch.Tensor, offset: int, where: str) -> int:
@@ -189,8 +192,9 @@ def _tensors(part: SiteProgram) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]
         turn = turn - torch.eye(turn.shape[1])
     if scale is not None:
         scale = torch.stack([scale - 1] if part.cross_out is None else [scale - 1, part.cross_out])
-    columns = (A_OFFSET, B_OFFSET, BIAS_OFFSET, IN_OFFSET, OUT_OFFSET, DENSE_OFFSET)
-    for column, tensor in zip(columns, (part.a, part.b, part.bias, turn, scale, part.dense), strict=True):
+    columns = (A_OFFSET, B_OFFSET, BIAS_OFFSET, INNER_OFFSET, IN_OFFSET, OUT_OFFSET, DENSE_OFFSET)
+    single = (part.a, part.b, part.bias, part.inner_bias, turn, scale, part.dense)
+    for column, tensor in zip(columns, single, strict=True):
         if tensor is not None and tensor.numel():
             yield column, (tensor,)
     if part.sparse is not None:
@@ -201,6 +205,9 @@ def _tensors(part: SiteProgram) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]
 
 def _check_shapes(part: SiteProgram, site: Site) -> None:
     """Kernels trust the tables: a wrong shape would read another adapter's memory."""
+    of_weights = (part.rotate_in, part.scale_out, part.dense, part.sparse, part.tokens)
+    if site.is_hidden and any(each is not None for each in of_weights):
+        raise ValueError(f"{site.name} is a hidden state, which has only A, B and bias")
     rank, block = part.rank, 1 if part.rotate_in is None else part.rotate_in.shape[-1]
     if site.in_features % block or block > MAX_BLOCK:
         raise ValueError(
@@ -211,6 +218,7 @@ def _check_shapes(part: SiteProgram, site: Site) -> None:
         "A": (part.a, (rank, site.in_features)),
         "B": (part.b, (rank, site.out_features)),
         "bias": (part.bias, (site.out_features,)),
+        "inner_bias": (part.inner_bias, (rank,)),
         "rotate_in": (part.rotate_in, (site.in_features // block, block, block)),
         "scale_out": (part.scale_out, (site.out_features,)),
         "cross_out": (part.cross_out, (site.out_features,)),
@@ -228,6 +236,7 @@ def _check_shapes(part: SiteProgram, site: Site) -> None:
         raise ValueError(
             f"pair at {site.name} is {part.pair}; it must be even and divide {site.out_features}"
         )
+    _check_activation(part, site)
     if part.sparse is not None:
         _check_sparse(part.sparse, site)
     if part.tokens is not None:
@@ -256,3 +265,29 @@ def _check_tokens(tokens: TokenRows, site: Site) -> None:
         raise ValueError(f"tokens at {site.name} are {list(ids.shape)} and {list(tokens.rows.shape)}")
     if int(ids[0]) < 0 or not (ids.diff() > 0).all():
         raise ValueError(f"the ids of tokens at {site.name} must ascend from 0 or more")
+
+
+def _check_activation(part: SiteProgram, site: Site) -> None:
+    """The fields of an activation say which ranks a kernel reads."""
+    found, rank = part.activation, part.rank
+    if found is None:
+        if part.inner_bias is not None:
+            raise ValueError(f"inner_bias at {site.name} needs an activation; fold B^T d into bias")
+        return
+    sizes: dict[str, int] = dict.fromkeys(ELEMENTWISE[1:], rank) | {
+        "softmax": rank // max(found.group, 1) * found.group,
+        "arrow": found.count * (1 + found.group),
+        "fusion": found.count * (1 + 2 * found.group),
+    }
+    chooses, elementwise = found.kind in ("arrow", "fusion"), found.kind in ELEMENTWISE
+    wrong = (
+        rank == 0
+        or sizes.get(found.kind) != rank
+        or (found.group > 0) == elementwise
+        or (found.count > 0) != chooses
+        or found.count > MAX_CHOICES
+        or not (found.kind == "arrow") <= found.top_k <= (found.count if found.kind == "arrow" else 0)
+        or found.inner not in (ELEMENTWISE if found.kind == "fusion" else ("",))
+    )
+    if wrong:
+        raise ValueError(f"{found} at {site.name} does not fit rank {rank}")

@@ -2,7 +2,8 @@
 
 A site is a linear layer of the base, y = W0 x + b. For a row x [in] that uses the adapter:
 
-    y = OUT(W0 x' + b) + B^T (A x) + beta + D x    A: [rank, in], B: [rank, out], scale folded in; beta: [out]
+    y = OUT(W0 x' + b) + B^T phi(A x + d) + beta + D x
+                 A: [rank, in], d: [rank], phi: `Activation`, B: [rank, out] with the scale folded in, beta: [out]
 
     x' = each block of x times its R_k (x as a row)         R: [in / block, block, block]; block 1 is a diagonal
     OUT(z)_i = scale_i z_i + cross_i z_partner(i)           partner(i) = i ± pair / 2 within its group of `pair`
@@ -11,9 +12,10 @@ A site is a linear layer of the base, y = W0 x + b. For a row x [in] that uses t
 The embedding and the output head can also have rows of their own for some tokens (`TokenRows`). The embedding's
 A x is the column of A of the token.
 
-An adapter may also have virtual tokens, which stand in front of every prompt (`Prompt`). Its primitives act on
-every token, or on some (reach.py): from the last place on where a prompt has the invocation tokens, and not at all
-where it has them nowhere; or on the first and last tokens of a prompt, where the last may have their own (`tail`).
+A site may also be a hidden state of a decoder layer, y = h, where only B^T phi(A x + d) + beta is added (`Site`).
+
+An adapter may also have virtual tokens, which stand in front of every prompt (`Prompt`), or invocation tokens:
+then its primitives act from the last place on where a prompt has these, and not at all where it has them nowhere.
 
 Both factors carry the rank first, so a weighted blend of adapters is the concatenation of their rows.
 A new primitive is a new field of `SiteProgram`, packed by residency.py and applied by engine/layers.py.
@@ -28,18 +30,61 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from veneer.adapters.reach import Reach, Span
+from veneer.kernels.tables import ELEMENTWISE
 
 HEAD = "lm_head"  # the output head of every served architecture
 EMBEDDING = "model.embed_tokens"  # and its embedding
 
 
 class Site(NamedTuple):
-    """A linear layer of the base that adapters can target, or its embedding: from a token to its vector."""
+    """A linear layer of the base that adapters can target, its embedding (from a token to its vector), or a hidden
+    state of a decoder layer.
 
-    name: str  # module path in the transformers model, e.g. "model.layers.0.self_attn.q_proj"
+    A linear layer's name is its module path in the transformers model, "model.layers.0.self_attn.q_proj". The
+    hidden states of a layer L, "model.layers.0", are
+
+        L.self_attn.heads       y: the heads' outputs side by side, before o_proj;  x: the queries after RoPE
+        L.self_attn.output      y: what attention gives (after o_proj), before the residual is added;  x: y itself
+        L.self_attn.sum         the same y;  x: y + the residual
+        L.self_attn.residual    the same y;  x: the residual, which is the layer's input before its norm
+        L.mlp.output, L.mlp.sum, L.mlp.residual     the same of the MLP
+        L.output                y: the layer's output;  x: y itself
+
+    What several of them add to one y is computed of the y that the base gave.
+    """
+
+    name: str
     in_features: int
     out_features: int
+    is_hidden: bool = False  # a hidden state: no base product whose input or output could be turned or scaled
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What becomes of h = A x + d [rank] before B. What a kind does not name leaves its field at 0 or "".
+
+        relu, silu, gelu, gelu_tanh, tanh, sigmoid, leaky_relu (slope 0.01): of each element
+        softmax: over each `group` of neighbours
+        arrow: `count` experts of `group` ranks. h = (scores [count], experts [count, group]). The gate of an
+            expert is a softmax over the `top_k` largest |scores|, of the lowest number among equals; 0 elsewhere.
+            Result: (0 [count], gate h of each expert).
+        fusion: `count` bottlenecks of `group` ranks, with phi = `inner`. h = (start [count], bottleneck
+            [count, group], key [count, group]). The gate of each is a softmax over start + sum(phi(bottleneck)
+            key). Result: (gates [count], gate phi(bottleneck) of each, 0 [count, group]).
+
+    Ranks whose result is 0 have rows of zeros in B.
+    """
+
+    kind: str  # of `veneer.kernels.tables.ACTIVATIONS`
+    group: int = 0
+    count: int = 0  # at most `veneer.kernels.tables.MAX_CHOICES`
+    top_k: int = 0
+    inner: str = ""  # an elementwise kind; "" is the identity
+
+    @property
+    def detail(self) -> int:
+        """`top_k`, or the number of `inner`."""
+        return self.top_k or ELEMENTWISE.index(self.inner)
 
 
 @dataclass(frozen=True)
@@ -69,6 +114,8 @@ class SiteProgram:
     a: torch.Tensor | None = None  # [rank, in]
     b: torch.Tensor | None = None  # [rank, out], scale folded in
     bias: torch.Tensor | None = None  # [out], added to y
+    inner_bias: torch.Tensor | None = None  # [rank], d; only with an activation: fold B^T d into bias
+    activation: Activation | None = None
     rotate_in: torch.Tensor | None = None  # [in / block, block, block]
     scale_out: torch.Tensor | None = None  # [out]
     cross_out: torch.Tensor | None = None  # [out], only with scale_out
@@ -84,7 +131,8 @@ class SiteProgram:
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Those that are there."""
-        found = [self.a, self.b, self.bias, self.rotate_in, self.scale_out, self.cross_out, self.dense]
+        found = [self.a, self.b, self.bias, self.inner_bias, self.rotate_in, self.scale_out, self.cross_out]
+        found.append(self.dense)
         if self.sparse is not None:
             found += [self.sparse.starts, self.sparse.columns, self.sparse.values]
         if self.tokens is not None:
@@ -99,6 +147,7 @@ class SiteProgram:
         paired = self.cross_out is not None
         has = (
             self.rank > 0,
+            self.activation is not None,
             self.bias is not None,
             turned and not diagonal,
             diagonal,
@@ -121,14 +170,16 @@ class SiteProgram:
             added.append(self.rotate_in - torch.eye(self.rotate_in.shape[1]))
         if self.scale_out is not None:
             added.append(self.scale_out - 1)
-        product = self.a is not None and self.b is not None and bool(self.a.any()) and bool(self.b.any())
+        product = self.a is not None and self.b is not None and bool(self.b.any())
+        if self.activation is None and self.a is not None:
+            product = product and bool(self.a.any())
         changed = product or self.tokens is not None
         return not changed and not any(bool(t.any()) for t in added if t is not None)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Virtual tokens in front of a prompt: their keys and values, or what the base makes them of.
+    """Virtual tokens at the positions before a prompt: their keys and values, or what the base makes them of.
 
     Tensors are contiguous, on the CPU, float32; one of the two is there.
     """
@@ -136,7 +187,6 @@ class Prompt:
     shape: tuple[int, int, int, int, int]  # of keys and values: layers, 2, tokens, kv_heads, head_dim
     kv: torch.Tensor | None = None  # of `shape`, keys as attention reads them: no RoPE is applied
     embeddings: torch.Tensor | None = None  # [tokens, hidden], the input of the first layer
-    takes_positions: bool = True  # False: the prompt begins at position 0 all the same; only with `kv`
 
     @property
     def tokens(self) -> int:
@@ -150,6 +200,7 @@ class Prompt:
 
 PRIMITIVES = (
     "low_rank",
+    "activation",
     "bias",
     "rotation",
     "input_scale",
@@ -177,31 +228,15 @@ class Program:
     portability: Portability = "independent"
     prompt: Prompt | None = None
     invocation: tuple[int, ...] = ()  # token ids; empty: it acts on every row
-    span: Span | None = None  # it acts on the ends of a prompt alone
-    tail: Mapping[str, SiteProgram] = field(
-        default_factory=dict
-    )  # instead of `sites` at a prompt's last tokens
-
-    @property
-    def reach(self) -> Reach:
-        """What the scheduler must know of it."""
-        tokens = 0 if self.prompt is None else self.prompt.tokens
-        placed = self.prompt is None or self.prompt.takes_positions
-        return Reach(tokens, placed, self.invocation, self.span)
-
-    @property
-    def parts(self) -> tuple[SiteProgram, ...]:
-        """What is at all the sites, those of the tail included."""
-        return (*self.sites.values(), *self.tail.values())
 
     @property
     def rank(self) -> int:
         """The largest rank over the sites."""
-        return max((site.rank for site in self.parts), default=0)
+        return max((site.rank for site in self.sites.values()), default=0)
 
     @property
     def primitives(self) -> tuple[str, ...]:
-        used = frozenset[str]().union(*(site.primitives for site in self.parts))
+        used = frozenset[str]().union(*(site.primitives for site in self.sites.values()))
         found = [name for name in PRIMITIVES if name in used]
         if self.prompt is not None:
             found.append(KV_PREFIX if self.prompt.embeddings is None else EMBEDDING_PREFIX)
@@ -210,13 +245,13 @@ class Program:
     @property
     def is_identity(self) -> bool:
         """True when nothing can change the output. Virtual tokens always can: they take part in attention."""
-        return self.prompt is None and all(site.is_identity for site in self.parts)
+        return self.prompt is None and all(site.is_identity for site in self.sites.values())
 
     def num_bytes(self, itemsize: int) -> int:
         """Bytes on the device with numbers of `itemsize` bytes: over all sites, and of the virtual tokens."""
         at_sites = sum(
             tensor.numel() * (itemsize if tensor.is_floating_point() else tensor.itemsize)
-            for site in self.parts
+            for site in self.sites.values()
             for tensor in site.tensors
         )
         return at_sites + (0 if self.prompt is None else self.prompt.num_elements * itemsize)

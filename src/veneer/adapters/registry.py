@@ -1,4 +1,4 @@
-"""The table of methods: which file lowers which `peft_type`, or which of AdapterHub's configs."""
+"""The table of methods: which file lowers which `peft_type`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from pathlib import Path
 from veneer.adapters.checkpoint import Checkpoint, shown
 from veneer.adapters.methods import (
     adalora,
-    adapterhub,
-    adapterhub_lora,
-    adapterhub_prefix_tuning,
     beft,
     boft,
     c3a,
@@ -54,8 +51,6 @@ from veneer.errors import AdapterRefused
 
 METHODS: Mapping[str, Method] = {
     "ADALORA": adalora.lower,
-    "ADAPTERHUB_LORA": adapterhub_lora.lower,
-    "ADAPTERHUB_PREFIX_TUNING": adapterhub_prefix_tuning.lower,
     "BEFT": beft.lower,
     "BOFT": boft.lower,
     "C3A": c3a.lower,
@@ -113,7 +108,7 @@ def lower(folder: Path | str, base: Base, max_rank: int) -> Program:
         AdapterRefused: the adapter cannot be served exactly as its files say.
     """
     checkpoint = Checkpoint(Path(folder))
-    kind = adapterhub.kind_of(checkpoint.config) or checkpoint.config.get("peft_type")
+    kind = checkpoint.config.get("peft_type")
     method = METHODS.get(kind) if isinstance(kind, str) else None
     if isinstance(kind, str) and kind in REFUSED:
         raise AdapterRefused(f"{CONFIG_FILE}: peft_type {shown(kind)} is refused: {REFUSED[kind]}.")

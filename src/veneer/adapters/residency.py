@@ -25,7 +25,6 @@ from veneer.adapters.loader import Loader
 from veneer.adapters.methods.base import Base
 from veneer.adapters.packing import Layout
 from veneer.adapters.program import Program
-from veneer.adapters.reach import Reach
 from veneer.adapters.slots import Place, Slots
 from veneer.engine.messages import AdapterStats
 from veneer.errors import Conflict, EngineUnavailable, VeneerError
@@ -91,8 +90,8 @@ class Residency:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Allocate the tables once. `load` lowers a folder; `wake` is called from the loader's thread."""
-        sites = list(base.sites.values())
-        self._slots = Slots(max_loras, len(sites), arena_bytes, dtype, device)
+        sites = [*base.sites.values(), *base.hidden_sites.values()]
+        self._slots = Slots(max_loras, len(sites), len(base.sites), arena_bytes, dtype, device)
         self.tables = self._slots.tables
         self.max_loras = max_loras
         self.arena_bytes = self.tables.arena.nbytes
@@ -139,9 +138,14 @@ class Residency:
         adapter.kept_until = 0.0
         return adapter.place.slot
 
-    def reach(self, digest: str) -> Reach:
-        """On which tokens an acquired adapter acts, and what it puts in front of them."""
-        return self._adapters[digest].layout.reach
+    def virtual_tokens(self, digest: str) -> int:
+        """How many virtual tokens an acquired adapter has."""
+        prompt = self.prompt(digest)
+        return 0 if prompt is None else prompt.kv.shape[2]
+
+    def invocation(self, digest: str) -> tuple[int, ...]:
+        """The tokens from which on an acquired adapter acts; none when it always does."""
+        return self._adapters[digest].layout.invocation
 
     def prompt(self, digest: str) -> ResidentPrompt | None:
         """The virtual tokens of an acquired adapter, if it has some. Valid until its last `release`."""

@@ -12,13 +12,13 @@ from typing import NamedTuple
 import torch
 
 from veneer.adapters.arena import ALIGNMENT, Arena
-from veneer.kernels.tables import SLOTS_EACH, AdapterTables, absent_entries, find_deltas, find_transforms
+from veneer.kernels.tables import AdapterTables, absent_entries, find_deltas, find_hidden, find_transforms
 
 
 class Place(NamedTuple):
     """Where one adapter lies."""
 
-    slot: int  # the first of its `SLOTS_EACH`
+    slot: int
     start: int  # elements from the start of the arena
     size: int  # elements
 
@@ -27,21 +27,29 @@ class Slots:
     """The tables, allocated once, and which parts of them are taken."""
 
     def __init__(
-        self, count: int, sites: int, arena_bytes: int, dtype: torch.dtype, device: torch.device
+        self,
+        count: int,
+        sites: int,
+        linear_sites: int,
+        arena_bytes: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
+        """`sites` in all; the first `linear_sites` are linear layers, the others hidden states."""
+        self._linear_sites = linear_sites
         self._arena = Arena(arena_bytes // dtype.itemsize)
         if count < 1 or not self._arena.capacity:
             raise ValueError(
                 f"--max-loras {count} and --adapter-memory {arena_bytes} bytes have room for no adapter; "
                 f"at least 1 and {ALIGNMENT * dtype.itemsize} are needed"
             )
-        self._free = set(range(0, SLOTS_EACH * count, SLOTS_EACH))
-        self._absent = absent_entries(SLOTS_EACH, sites, device=device)
+        self._free = set(range(count))
+        self._absent = absent_entries(sites, device=device)
         self.tables = AdapterTables(
             # Zeroed: padding that a kernel loads beside a tensor is never NaN.
             arena=torch.zeros(self._arena.capacity, dtype=dtype, device=device),
-            entries=absent_entries(SLOTS_EACH * count, sites, device=device),
-            entries_host=absent_entries(SLOTS_EACH * count, sites),
+            entries=absent_entries(count, sites, device=device),
+            entries_host=absent_entries(count, sites),
         )
 
     @property
@@ -63,27 +71,23 @@ class Slots:
         return Place(slot, start, size)
 
     def install(self, place: Place, entries: torch.Tensor) -> None:
-        """From the next launch on, kernels find the adapter with these entries.
-
-        They are int64 [SLOTS_EACH, sites, COLUMNS].
-        """
-        slots = slice(place.slot, place.slot + SLOTS_EACH)
-        self.tables.entries_host[slots] = entries
-        self.tables.entries[slots].copy_(entries, non_blocking=True)
-        for slot, each in enumerate(entries, place.slot):
-            if any(transforms := find_transforms(each)):
-                self.tables.transforms[slot] = transforms
-            if any(deltas := find_deltas(each)):
-                self.tables.deltas[slot] = deltas
+        """From the next launch on, kernels find the adapter with these entries (int64 [sites, COLUMNS])."""
+        self.tables.entries_host[place.slot] = entries
+        self.tables.entries[place.slot].copy_(entries, non_blocking=True)
+        if any(transforms := find_transforms(entries)):
+            self.tables.transforms[place.slot] = transforms
+        if any(deltas := find_deltas(entries)):
+            self.tables.deltas[place.slot] = deltas
+        if hidden := find_hidden(entries, self._linear_sites):
+            self.tables.hidden[place.slot] = hidden
 
     def clear(self, place: Place) -> None:
         """Give a place back. Steps launched so far still read it: see `launched`."""
-        slots = slice(place.slot, place.slot + SLOTS_EACH)
-        self.tables.entries[slots].copy_(self._absent, non_blocking=True)
-        self.tables.entries_host[slots] = absent_entries(*self._absent.shape[:-1])
-        for slot in range(slots.start, slots.stop):
-            self.tables.transforms.pop(slot, None)
-            self.tables.deltas.pop(slot, None)
+        self.tables.entries[place.slot].copy_(self._absent, non_blocking=True)
+        self.tables.entries_host[place.slot] = absent_entries(self._absent.shape[0])
+        self.tables.transforms.pop(place.slot, None)
+        self.tables.deltas.pop(place.slot, None)
+        self.tables.hidden.pop(place.slot, None)
         self._arena.free(place.start)
         self._free.add(place.slot)
 

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, G
 from veneer.adapters.methods.base import Limits, Norm
 from veneer.adapters.program import Site
 from veneer.engine.fused import fuse_layers
+from veneer.engine.hidden import HiddenStates
 from veneer.engine.layers import ATTENTION_NAME, AdaptedLinear, StepContext
 from veneer.engine.packed import dequantized, dequantized_bias, dequantizing, pack_linears
 from veneer.engine.packed_store import load_packed
@@ -55,6 +56,7 @@ class Base:
     Attributes:
         model: the transformers model, in eval mode, with `AdaptedLinear` at every site.
         sites: every linear layer adapters can target, by module path, in table order.
+        hidden: the hidden states that they can target besides.
         context: the step tables that the layers read.
         max_positions: the longest context the base supports, in tokens.
         eos_token_ids: tokens that end a sequence.
@@ -65,6 +67,7 @@ class Base:
     model: Any
     config: Any
     sites: Mapping[str, Site]
+    hidden: HiddenStates
     context: StepContext
     device: torch.device
     dtype: torch.dtype
@@ -73,6 +76,21 @@ class Base:
     eos_token_ids: tuple[int, ...]
     notes: list[str] = field(default_factory=list)
     limits: Limits = Limits()  # noqa: RUF009  (a tuple)
+
+    def forward(self, **inputs: Any) -> torch.Tensor:
+        """Logits [rows, vocabulary] of a step whose tables are in the context; arguments as transformers'."""
+        with self.hidden.hooked():
+            logits: torch.Tensor = self.model(**inputs, use_cache=False).logits[0]
+        return logits
+
+    @property
+    def hidden_sites(self) -> Mapping[str, Site]:
+        """See `veneer.adapters.methods.base.Base`."""
+        return self.hidden.sites
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.model_type)
 
     @property
     def num_layers(self) -> int:
@@ -192,6 +210,7 @@ def load_base(
         replaced = pack_linears(model, dequantizing) if device.type == "cpu" else {}
     context = StepContext()
     sites = wrap_linears(model, context, replaced)
+    hidden = HiddenStates(model, context, sites)
     if own_kernels:
         fused = fuse_layers(model, context, notes)
         notes.append(f"fused decoder layers: {fused} of {config.num_hidden_layers}")
@@ -199,6 +218,7 @@ def load_base(
         model=model,
         config=model.config,
         sites=sites,
+        hidden=hidden,
         context=context,
         device=device,
         dtype=dtype,

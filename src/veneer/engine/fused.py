@@ -66,8 +66,8 @@ class HeadNorms:
 class FusedLayer(nn.Module):
     """A decoder layer of Llama's form.
 
-    Steps that ask for it, have no tables, or in which an adapter changes the base's input, output or weight run
-    `plain`.
+    Steps that ask for it, have no tables, or in which an adapter changes the base's input, output or weight, has an
+    activation or acts at a hidden state run `plain`.
     """
 
     def __init__(self, plain: Any, context: StepContext) -> None:
@@ -93,7 +93,8 @@ class FusedLayer(nn.Module):
     def forward(self, hidden_states: torch.Tensor, **inputs: Any) -> torch.Tensor:
         """[1, rows, hidden] -> the same, with the arguments of transformers' layer."""
         rows = self.step.rows
-        if not self.step.fused or rows is None or rows.transformed or rows.deltas:
+        plain = rows is None or rows.transformed or rows.deltas or rows.hidden
+        if plain or not self.step.fused:
             found: torch.Tensor = self.plain(hidden_states, **inputs)
             return found
         cos, sin = inputs["position_embeddings"]

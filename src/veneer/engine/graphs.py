@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from veneer.engine.base import Base
 from veneer.engine.scheduler import Scheduled
-from veneer.engine.sequence import ALWAYS
 from veneer.kernels.attention import PagedBatch
 from veneer.kernels.low_rank import choose_tile_rows, fill_tiles, tile_capacity, view_tiles
 from veneer.kernels.tables import BASE_SLOT, RowTiles, Segment
@@ -42,9 +41,13 @@ def buckets_up_to(max_batch: int) -> list[int]:
 def segments_of(planned: Rows[Scheduled]) -> list[Segment]:
     """Neighbouring rows of one adapter or of the base, of items sorted by slot.
 
-    Where an adapter acts on a part of an item, rows of the base lie between those of adapters.
+    Where an adapter begins to act within an item, rows of the base lie between those of adapters.
     """
-    return _merge([part for item in planned for part in item.parts])
+    parts = []
+    for item in planned:
+        before = item.base_rows
+        parts += [(BASE_SLOT, before), (item.slot, item.count - before)]
+    return _merge([(slot, rows) for slot, rows in parts if rows])
 
 
 def head_segments_of(planned: Rows[Scheduled]) -> list[Segment]:
@@ -70,6 +73,7 @@ class Variant(IntEnum):
     ADAPTED = 1
     TRANSFORMED = 2  # turns inputs and scales outputs, too: `RowTiles.transformed`
     CHANGED = 3  # adds dense and sparse changes, too: `RowTiles.deltas`
+    HIDDEN = 4  # has activations and hidden states, too: `RowTiles.hidden`
 
 
 class TableSizes(NamedTuple):
@@ -181,20 +185,19 @@ class HostTables:
         size, rows = self._page_size, int(counts.sum())
         fields = self._rows[:ROW_FIELDS, :rows]
         owner = np.repeat(np.arange(len(planned)), counts)
-        # A sequence's last row is its last token, and so on backwards.
-        index = np.arange(rows) + (self._rows[LENGTHS, : len(planned)] - counts.cumsum())[owner]
-        unplaced = np.array([item.sequence.num_unplaced for item in planned], np.int64)
+        # A sequence's last row has its last position, and so on backwards.
+        position = np.arange(rows) + (self._rows[LENGTHS, : len(planned)] - counts.cumsum())[owner]
         tokens = (item.sequence.tokens[item.start : item.start + item.count] for item in planned)
         fields[IDS] = 0 if previous else list(chain.from_iterable(tokens))
-        fields[POSITIONS] = index - unplaced[owner]
-        fields[SLOTS] = self._block_table[index // size, owner] * size + index % size
+        fields[POSITIONS] = position
+        fields[SLOTS] = self._block_table[position // size, owner] * size + position % size
         fields[PREVIOUS] = previous or -1
         self._rows[:ROW_FIELDS, rows:bucket] = [[0], [0], [self._scratch[0] * size], [-1]]
 
 
 def _view(block: torch.Tensor, variant: Variant, tile_rows: int) -> RowTiles:
-    adapted, transformed = variant >= Variant.ADAPTED, variant >= Variant.TRANSFORMED
-    return view_tiles(block, (), adapted, tile_rows, transformed, variant >= Variant.CHANGED)
+    does = (variant >= each for each in (Variant.TRANSFORMED, Variant.CHANGED, Variant.HIDDEN))
+    return view_tiles(block, (), variant >= Variant.ADAPTED, tile_rows, *does)
 
 
 @dataclass(frozen=True)
@@ -271,20 +274,15 @@ class StepGraphs(ABC):
     def _variant(self, planned: Rows[Scheduled]) -> Variant | None:
         """The least that does what these need, if it is captured."""
         tables = self._base.context.tables
-        slots = {slot for item in planned for slot, _ in item.parts}
+        slots = {item.slot for item in planned}
         need = Variant.BASE if slots <= {BASE_SLOT} else Variant.ADAPTED
         if tables is not None and not slots.isdisjoint(tables.transforms):
             need = Variant.TRANSFORMED
         if tables is not None and not slots.isdisjoint(tables.deltas):
             need = Variant.CHANGED
+        if tables is not None and not slots.isdisjoint(tables.hidden):
+            need = Variant.HIDDEN
         return next((variant for variant in self._variants if variant >= need), None)
-
-    def _tiles_fit(self, planned: Rows[Scheduled], tile_rows: int, entries: int) -> bool:
-        """Whether the rows' tiles fit a table. It is sized for one segment of the base and of each adapter."""
-        if all(item.sequence.changes == ALWAYS for item in planned):
-            return True
-        tiles = sum(-(-(stop - start) // tile_rows) for _, start, stop in segments_of(planned))
-        return tiles < entries
 
     def _fill(self, planned: Rows[Scheduled], bucket: int, previous: Rows[int] | None) -> None:
         host = next(self._hosts)
@@ -324,13 +322,11 @@ class StepGraphs(ABC):
         # An index of -1 is harmless: it reads the last token, and the row has an id of its own.
         ids = torch.where(previous < 0, rows[IDS], self._tokens[previous])
         last_rows = self._last_rows()
-        out = self._base.model(
+        logits = self._base.forward(
             input_ids=ids.unsqueeze(0),
             position_ids=rows[POSITIONS].long().unsqueeze(0),
-            use_cache=False,
             logits_to_keep=0 if last_rows is None else last_rows,
         )
-        logits: torch.Tensor = out.logits[0]
         torch.argmax(logits, -1, out=self._tokens[: len(logits)])
         return logits, ids if last_rows is None else ids[last_rows]
 
@@ -348,23 +344,24 @@ class DecodeGraphs(StepGraphs):
         max_pages: int,
         max_batch: int,
         slots: int,
-        transforms: bool = True,
+        every_variant: bool = True,
     ) -> None:
-        """As for `StepGraphs`; `max_pages` of a sequence, `slots` of adapters; with `transforms` every variant."""
+        """As for `StepGraphs`; `max_pages` of a sequence, `slots` of adapters.
+
+        Without `every_variant` steps with transforms, activations or hidden states have no graph.
+        """
         self._slots = slots
         self._tile_rows = choose_tile_rows(max_batch)
         sizes = TableSizes(DECODE_FIELDS, max_batch, self._tile_entries(max_batch), 0, max_batch, max_pages)
         buckets = buckets_up_to(max_batch)
-        variants = tuple(Variant) if transforms else (Variant.BASE, Variant.ADAPTED)
+        variants = tuple(Variant) if every_variant else (Variant.BASE, Variant.ADAPTED)
         super().__init__(base, tokens, buckets, sizes, page_size, scratch_page, variants)
         self._query_start = torch.arange(max_batch + 1, dtype=torch.int32, device=base.device)
 
     def fits(self, planned: Rows[Scheduled]) -> bool:
         one_row_each = all(item.count == 1 and item.samples for item in planned)
-        if not one_row_each or len(planned) > self._buckets[-1] or self._variant(planned) is None:
-            return False
-        bucket = next(size for size in self._buckets if size >= len(planned))
-        return self._tiles_fit(planned, self._tile_rows, self._tile_entries(bucket))
+        fits = one_row_each and len(planned) <= self._buckets[-1]
+        return fits and self._variant(planned) is not None
 
     def _fill_host(
         self, host: HostTables, planned: Rows[Scheduled], bucket: int, previous: Rows[int] | None
@@ -417,15 +414,20 @@ class MixedGraphs(StepGraphs):
             self._sequences,
             max_pages,
         )
-        variants = (Variant.ADAPTED, Variant.TRANSFORMED, Variant.CHANGED)
+        variants = tuple(Variant)[Variant.ADAPTED :]
         super().__init__(base, tokens, buckets, sizes, page_size, scratch_page, variants)
 
     def fits(self, planned: Rows[Scheduled]) -> bool:
         rows = sum(item.count for item in planned)
         if rows > self._buckets[-1] or len(planned) > self._sequences:
             return False
+        if not any(0 < item.base_rows < item.count for item in planned):
+            return True
+        # The tables are sized for one segment of each adapter; a beginning of one makes up to two more.
         bucket = next(size for size in self._buckets if size >= rows)
-        return self._tiles_fit(planned, choose_tile_rows(bucket), self._tile_entries(bucket))
+        height = choose_tile_rows(bucket)
+        tiles = sum(-(-(stop - start) // height) for _, start, stop in segments_of(planned))
+        return tiles < self._tile_entries(bucket)
 
     def _fill_host(
         self, host: HostTables, planned: Rows[Scheduled], bucket: int, previous: Rows[int] | None

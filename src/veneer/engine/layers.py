@@ -8,6 +8,7 @@ form (fused.py), which reads the same tables.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,13 +37,15 @@ class StepContext:
     workspace: Workspace | None = None
     kv_cache: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # by layer
     batch: PagedBatch | None = None
+    heads_sites: Sequence[int] = ()  # by layer, the site of its attention heads; empty where there are none
     fused: bool = True  # whether layers that have a fused form run it
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen linear layer of the base with each row's own adapter: y = OUT(W0 x' + b) + B^T (A x) + beta + D x.
+    """A frozen linear layer of the base with each row's own adapter.
 
-    adapters/program.py says what x', OUT and D are; A and D read the x that came in.
+    y = OUT(W0 x' + b) + B^T phi(A x + d) + beta + D x. adapters/program.py says what x', OUT, phi and D are; A and
+    D read the x that came in.
 
     Attributes:
         base: the layer as loaded (nn.Linear, or bitsandbytes' 4- or 8-bit layer); y = W0 x + b.
@@ -106,7 +109,8 @@ def paged_attention_forward(
     """Attention of a packed ragged batch over the paged KV cache.
 
     query: [1, heads, tokens, head_dim]; key, value: [1, kv_heads, tokens, head_dim], after RoPE.
-    Returns [1, tokens, heads, head_dim]. The mask is implied by the step's tables.
+    Returns [1, tokens, heads, head_dim]. The mask is implied by the step's tables. An adapter's part at the heads
+    is added to it.
     """
     step: StepContext = module.veneer_step  # type: ignore[assignment]
     layer: int = module.layer_idx  # type: ignore[assignment]
@@ -114,8 +118,21 @@ def paged_attention_forward(
     k_cache, v_cache = step.kv_cache[layer]
     write_kv(_rows(key), _rows(value), k_cache, v_cache, step.batch.slot_mapping)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    out = paged_attention(_rows(query), k_cache, v_cache, step.batch, scale, sliding_window, softcap)
+    rows = _rows(query)
+    out = paged_attention(rows, k_cache, v_cache, step.batch, scale, sliding_window, softcap)
+    if step.rows is not None and step.rows.hidden and step.heads_sites:
+        add_hidden(rows.flatten(1), out.flatten(1), step, step.heads_sites[layer])
     return out.unsqueeze(0), None
+
+
+def add_hidden(x: torch.Tensor, y: torch.Tensor, step: StepContext, site: int) -> None:
+    """Add the adapters' parts at a hidden state to y [rows, out], in place; x: [rows, in], contiguous."""
+    tables, rows, workspace = step.tables, step.rows, step.workspace
+    assert tables is not None  # the runner sets all three
+    assert rows is not None
+    assert workspace is not None
+    if tables.hidden_at(rows.segments, site):
+        low_rank(x, y, tables, rows, site, workspace)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

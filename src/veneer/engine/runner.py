@@ -34,7 +34,7 @@ from veneer.engine.scheduler import Batch, Scheduled
 from veneer.engine.virtual_tokens import VirtualTokens, slots_of
 from veneer.kernels.attention import PagedBatch
 from veneer.kernels.low_rank import Workspace, make_tiles
-from veneer.kernels.tables import SLOTS_EACH, RowTiles, Segment
+from veneer.kernels.tables import RowTiles, Segment
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class Runner:
         self._virtual_tokens = VirtualTokens(base, residency, page_size, max_rows)
         self.graphs: DecodeGraphs | None = None
         self.mixed_graphs: MixedGraphs | None = None
-        self._slots = tables.entries.shape[0] // SLOTS_EACH
+        self._slots = tables.entries.shape[0]
         self._max_rows = max_rows
         # The tokens that the last step sampled, in the order of its rows. Static, for graphs.
         self._tokens = torch.zeros(max_rows, dtype=torch.int64, device=base.device)
@@ -122,8 +122,8 @@ class Runner:
     def capture_graphs(self, max_batch: int, max_model_len: int, everything: bool) -> None:
         """From here on, steps of decode rows alone replay CUDA graphs.
 
-        With `everything` also those with adapters that transform inputs or outputs, and mixed steps of up to
-        1024 rows.
+        With `everything` also those with adapters that transform inputs or outputs, have activations or act at
+        hidden states, and mixed steps of up to 1024 rows.
         """
         started = time.monotonic()
         sizes: dict[str, int] = {
@@ -137,7 +137,7 @@ class Runner:
         mixed = None  # captured first, because they need the most memory
         if everything and self._max_rows >= MIXED_BUCKETS[0]:
             mixed = MixedGraphs(self.base, self._tokens, max_rows=self._max_rows, **sizes)
-        graphs = DecodeGraphs(self.base, self._tokens, **sizes, transforms=everything)
+        graphs = DecodeGraphs(self.base, self._tokens, **sizes, every_variant=everything)
         counts = [0 if family is None else family.capture(pool) for family in (mixed, graphs)]
         torch.cuda.synchronize(self.base.device)
         logger.info(
@@ -200,13 +200,11 @@ class Runner:
         step.rows = self._tiles(segments_of(planned), sum(counts))
         sampling = [item for item in planned if item.samples]
         step.head_rows = self._tiles(head_segments_of(sampling), len(sampling))
-        out = self.base.model(
+        logits = self.base.forward(
             input_ids=ids.unsqueeze(0),
             position_ids=packed.positions.long().unsqueeze(0),
-            use_cache=False,
             logits_to_keep=last_rows,
         )
-        logits: torch.Tensor = out.logits[0]
         return logits, ids[last_rows]
 
     def _pack(self, planned: Rows[Scheduled], previous: Rows[int] | None) -> _Packed:
@@ -215,10 +213,9 @@ class Runner:
         ids, last_rows = [], []
         stops = [item.start + item.count for item in planned]
         starts = [0, *accumulate(item.count for item in planned)]
-        indices = [np.arange(item.start, stop) for item, stop in zip(planned, stops, strict=True)]
-        positions = [index - item.sequence.num_unplaced for item, index in zip(planned, indices, strict=True)]
+        positions = [np.arange(item.start, stop) for item, stop in zip(planned, stops, strict=True)]
         tables = [item.sequence.pages[: -(-stop // size)] for item, stop in zip(planned, stops, strict=True)]
-        slots = [slots_of(table, index, size) for table, index in zip(tables, indices, strict=True)]
+        slots = [slots_of(table, position, size) for table, position in zip(tables, positions, strict=True)]
         for item, after in zip(planned, starts[1:], strict=True):
             ids += [0] if previous else item.sequence.tokens[item.start : item.start + item.count]
             if item.samples:
@@ -242,7 +239,7 @@ class Runner:
     def _tiles(self, segments: Rows[Segment], rows: int) -> RowTiles:
         tables = self._step.tables
         assert tables is not None  # set at the start
-        flags = tables.transform(segments), tables.delta(segments)
+        flags = tables.transform(segments), tables.delta(segments), tables.has_hidden(segments)
         return make_tiles(segments, rows, self._slots, self.base.device, *flags)
 
     def _sampling_row(self, item: Scheduled) -> SamplingRow:

@@ -2,6 +2,8 @@
 
 For each row of each segment with an adapter, at one site:  y += B^T (A x) + bias    A: [rank, in], B: [rank, out]
 
+Where tiles are `hidden`, what stands between A and B is applied too: B^T phi(A x + d) (kernels/activation.py).
+
 `shrink` makes h = A x for the sites of one input; an epilogue (kernels/epilogue.py) adds B^T h to what the base
 computed. Sums run in float32. h is rounded once to the engine's dtype before B, as PEFT's lora_A does; in
 float32 nothing is rounded and no reduced-precision matrix unit is used.
@@ -112,9 +114,11 @@ def view_tiles(
     tile_rows: int,
     transformed: bool = False,
     deltas: bool = False,
+    hidden: bool = False,
 ) -> RowTiles:
     """The tiles that `fill_tiles` wrote, once they are on the device: views of `block`."""
-    return RowTiles(tuple(segments), block[1:], block[0, :1], adapted, tile_rows, transformed, deltas)
+    flags = (transformed, deltas, hidden)
+    return RowTiles(tuple(segments), block[1:], block[0, :1], adapted, tile_rows, *flags)
 
 
 def make_tiles(
@@ -124,6 +128,7 @@ def make_tiles(
     device: torch.device,
     transformed: bool = False,
     deltas: bool = False,
+    hidden: bool = False,
 ) -> RowTiles:
     """Cut segments into tiles, on `device` by one asynchronous copy. For the flags see `RowTiles`.
 
@@ -138,7 +143,8 @@ def make_tiles(
     block = torch.zeros(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
     fill_tiles(block.numpy(), segments, tile_rows)
     adapted = any(segment.slot != BASE_SLOT for segment in segments)
-    return view_tiles(block.to(device, non_blocking=True), segments, adapted, tile_rows, transformed, deltas)
+    flags = (transformed, deltas, hidden)
+    return view_tiles(block.to(device, non_blocking=True), segments, adapted, tile_rows, *flags)
 
 
 class Workspace:
@@ -154,6 +160,10 @@ class Workspace:
         self.rank_stride = _ceil_div(self.rank_bound, ALIGNED) * ALIGNED
         elements = GROUP_SITES * max(max_rows, SPLIT_ROWS) * self.rank_stride
         self.planes = torch.empty(elements, dtype=torch.float32, device=tables.arena.device)
+        # what activations make of h, while other programs still read h
+        self.plane = torch.empty(
+            GROUP_SITES * max_rows * self.rank_stride, dtype=torch.float32, device=tables.arena.device
+        )
         self._held: tuple[int, int] | None = None  # first site, sites
         self._h = self.planes
         self.entries = tables.entries_host.numpy()  # the same memory; indexing it is much cheaper
@@ -165,6 +175,13 @@ class Workspace:
         if sites > GROUP_SITES or (size := int(np.prod(shape))) > self.planes.numel():
             raise ValueError(f"{sites} sites of {rows} rows are more than the workspace was made for")
         self._held, self._h = (site, sites), self.planes[:size].view(shape)
+        return self._h
+
+    def hold_one(self, site: int, sites: int, rows: int) -> torch.Tensor:
+        """A float32 plane [sites, 1, rows, rank_stride] in place of those held, which stay readable."""
+        self.held(site, sites, rows)
+        shape = (sites, 1, rows, self.rank_stride)
+        self._h = self.plane[: int(np.prod(shape))].view(shape)
         return self._h
 
     def held(self, site: int, sites: int, rows: int) -> torch.Tensor:
@@ -295,15 +312,21 @@ def low_rank_torch(
     Measured for 32 rows over 8 rank-16 adapters on 576 x 576: this loop over cached views 54 us, one masked
     matmul over concatenated factors 97 us (the concatenation is most of it), the base's own matmul 102 us.
     """
+    from veneer.kernels.activation import activated
+
     _check(x, y, tables, workspace)
     inputs, outputs = x.shape[1], y.shape[1]
+    hidden = tiles.hidden and tables.hidden_at(tiles.segments, site)
     for slot, start, stop in tiles.segments:
         if slot == BASE_SLOT:
             continue
         a, b, bias = workspace.factors(*workspace.entries[slot, site, : RANK + 1].tolist(), inputs, outputs)
         rows = y[start:stop]
         if a is not None and b is not None:
-            rows.addmm_(torch.mm(x[start:stop], a), b)
+            h = torch.mm(x[start:stop], a)
+            if hidden:
+                h = activated(h, workspace.entries[slot, site].tolist(), tables.arena).to(b.dtype)
+            rows.addmm_(h, b)
         if bias is not None:
             rows.add_(bias)
 
@@ -311,13 +334,16 @@ def low_rank_torch(
 def low_rank_triton(
     x: torch.Tensor, y: torch.Tensor, tables: AdapterTables, tiles: RowTiles, site: int, workspace: Workspace
 ) -> None:
-    """`low_rank` as two Triton kernels: `shrink`, and the epilogue that adds h's update into y."""
+    """`low_rank` as Triton kernels: `shrink`, the activation if there is one, and the epilogue that adds into y."""
+    from veneer.kernels.activation import activate_triton
     from veneer.kernels.epilogue import add_update_triton
 
     _check(x, y, tables, workspace)
     if not tiles.adapted or x.shape[0] == 0:
         return
     shrink_triton(x, tables, tiles, site, 1, workspace)
+    if tiles.hidden and tables.hidden_at(tiles.segments, site):
+        activate_triton(tables, tiles, site, 1, x.shape[0], workspace)
     add_update_triton(y[None], tables, tiles, site, workspace, out=y)
 
 

@@ -15,13 +15,19 @@ import torch
 
 COLUMNS = 16  # of an entry
 A_OFFSET, B_OFFSET, BIAS_OFFSET, RANK, IN_OFFSET, IN_BLOCK, OUT_OFFSET, OUT_PAIR = range(8)
+INNER_OFFSET, ACTIVATION, GROUP, DETAIL = range(8, 12)
 DENSE_OFFSET, SPARSE_OFFSET, TOKENS_OFFSET, TOKENS = range(12, COLUMNS)
-OFFSETS = [A_OFFSET, B_OFFSET, BIAS_OFFSET, IN_OFFSET, OUT_OFFSET, DENSE_OFFSET, SPARSE_OFFSET, TOKENS_OFFSET]
+OFFSETS = [
+    *(A_OFFSET, B_OFFSET, BIAS_OFFSET, IN_OFFSET, OUT_OFFSET, DENSE_OFFSET, SPARSE_OFFSET, TOKENS_OFFSET),
+    INNER_OFFSET,
+]
 ABSENT = -1  # an offset of a tensor that the adapter does not have at a site
 BASE_SLOT = -1  # the slot of rows without an adapter
-SLOTS_EACH = 2  # of an adapter: what acts, then what acts on a prompt's last tokens instead, if it has that
 MAX_BLOCK = 256  # features of a rotation; a larger one would cost as much as the base's product
 ALIGNED = 16  # elements; offsets are multiples, so that kernels load whole vectors
+ELEMENTWISE = ("", "relu", "silu", "gelu", "gelu_tanh", "tanh", "sigmoid", "leaky_relu")
+ACTIVATIONS = (*ELEMENTWISE, "softmax", "arrow", "fusion")  # by their number in ACTIVATION; "" is none
+MAX_CHOICES = 64  # among which an arrow or a fusion chooses: a kernel holds all their scores at once
 
 
 class Deltas(NamedTuple):
@@ -42,8 +48,6 @@ class Transforms(NamedTuple):
 class AdapterTables:
     """All resident adapters. Offsets count elements from the start of the arena.
 
-    An adapter takes `SLOTS_EACH` neighbouring slots.
-
     At `entries[slot, site]` stand, by column:
 
     A_OFFSET, B_OFFSET, RANK: A [rank, in] and B [rank, out]; rank 0 means no low-rank part.
@@ -55,6 +59,8 @@ class AdapterTables:
     SPARSE_OFFSET: one with few entries, by rows (see kernels/sparse.py).
     TOKENS_OFFSET, TOKENS: so many rows that replace those of the embedding or the output head (see
         kernels/token_rows.py).
+    ACTIVATION, GROUP, DETAIL, INNER_OFFSET: what becomes of A x before B, and the d [rank] that is added to it
+        first (see kernels/activation.py).
 
     Tensors are row-major. Offsets that are not ABSENT must be multiples of ALIGNED: kernels rely on it unchecked.
     What multiplies is stored as its difference from the identity: it is mostly close to it, and bfloat16, which
@@ -66,6 +72,7 @@ class AdapterTables:
     entries_host: torch.Tensor  # the same on the CPU, for launches that need a rank on the host
     transforms: dict[int, Transforms] = field(default_factory=dict)  # host: by slot, where there are any
     deltas: dict[int, Deltas] = field(default_factory=dict)  # likewise
+    hidden: dict[int, frozenset[int]] = field(default_factory=dict)  # likewise, see `find_hidden`
 
     @cached_property
     def ints(self) -> torch.Tensor:
@@ -95,6 +102,22 @@ class AdapterTables:
             not segments or any(site in sites.inputs for sites in found),
             not segments or any(site in sites.outputs for sites in found),
         )
+
+    def has_hidden(self, segments: Iterable[Segment]) -> bool:
+        """Whether an adapter of these segments has an activation, or a part at a hidden state."""
+        return any(segment.slot in self.hidden for segment in segments)
+
+    def hidden_at(self, segments: Sequence[Segment], site: int) -> bool:
+        """Whether one has at this site; True in a captured graph (no segments)."""
+        return not segments or any(site in self.hidden.get(segment.slot, ()) for segment in segments)
+
+
+def find_hidden(entries: torch.Tensor, linear_sites: int) -> frozenset[int]:
+    """The sites of an adapter's entries [sites, COLUMNS] with an activation, and the hidden ones with anything."""
+    used = entries[:, ACTIVATION] > 0
+    used[linear_sites:] |= (entries[linear_sites:, [RANK]] > 0).any(1)
+    used[linear_sites:] |= entries[linear_sites:, BIAS_OFFSET] != ABSENT
+    return frozenset(used.nonzero().flatten().tolist())
 
 
 def find_transforms(entries: torch.Tensor) -> Transforms:
@@ -146,3 +169,4 @@ class RowTiles:
     tile_rows: int
     transformed: bool = False  # host: some row may have its base's input or output changed
     deltas: bool = False  # host: some row may have a dense or sparse change of the base's weight
+    hidden: bool = False  # host: some row may have an activation, or a part at a hidden state

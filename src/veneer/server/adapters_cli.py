@@ -14,15 +14,9 @@ from urllib.parse import quote
 import httpx
 from tqdm import tqdm
 
-from veneer.adapters.names import (
-    ADAPTERHUB_WEIGHTS,
-    CONFIG_FILE,
-    HEAD_ADVICE,
-    HEAD_FILES,
-    WEIGHTS_FILE,
-)
 from veneer.errors import InvalidRequest, VeneerError, from_wire
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 ARCHIVES = (".zip", ".tar.gz", ".tgz")
 
 _LISTED = ("kind", "primitives", "portability", "rank", "bytes")
@@ -70,7 +64,12 @@ def _push(client: httpx.Client, arguments: argparse.Namespace) -> None:
     fields: dict[str, Any] = {"name": arguments.name}
     with contextlib.ExitStack() as stack:
         if source.is_dir():
-            paths = [("files", path) for path in _files_of(source)]
+            paths = [("files", source / name) for name in ADAPTER_FILES]
+            for _, path in paths:
+                if not path.is_file():
+                    raise InvalidRequest(
+                        f"{path} is missing: an adapter folder has {' and '.join(ADAPTER_FILES)}"
+                    )
         elif source.is_file():
             if not source.name.endswith(ARCHIVES):
                 raise InvalidRequest(f"{source} is not a folder, nor an archive ({', '.join(ARCHIVES)})")
@@ -90,19 +89,6 @@ def _push(client: httpx.Client, arguments: argparse.Namespace) -> None:
     for warning in answer["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"{answer['id']} version {answer['version']} digest {answer['digest']}")
-
-
-def _files_of(folder: Path) -> tuple[Path, Path]:
-    """The two files of an adapter's folder."""
-    config, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-    if not weights.is_file() and (folder / ADAPTERHUB_WEIGHTS).is_file():
-        weights = folder / ADAPTERHUB_WEIGHTS
-        if heads := [name for name in HEAD_FILES if (folder / name).is_file()]:
-            raise InvalidRequest(f"{folder / heads[0]}: {HEAD_ADVICE}")
-    for path in (config, weights):
-        if not path.is_file():
-            raise InvalidRequest(f"{path} is missing: an adapter folder has {CONFIG_FILE} and {WEIGHTS_FILE}")
-    return config, weights
 
 
 def _with_progress(stack: contextlib.ExitStack, path: Path) -> IO[bytes]:

@@ -20,7 +20,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from veneer.adapters.archive import unpack
-from veneer.adapters.names import CONFIG_FILE, CONFIG_LIMIT, WEIGHTS_FILE, stored_name
+from veneer.adapters.names import CONFIG_FILE, CONFIG_LIMIT, WEIGHTS_FILE
 from veneer.adapters.sources import from_hub
 from veneer.adapters.staging import Staging
 from veneer.errors import AdapterRefused, InvalidRequest, StorageFull, TooLarge
@@ -60,7 +60,7 @@ class Upload:
             unpack(self.archive.file, staging, limit)
         limits = {CONFIG_FILE: CONFIG_LIMIT, WEIGHTS_FILE: limit}
         for upload in self.files:
-            filename = stored_name(upload.filename or "")
+            filename = upload.filename or ""
             if filename not in limits:
                 raise AdapterRefused(
                     f"the file {filename[:200]!r} is not read; send {CONFIG_FILE} and {WEIGHTS_FILE}, "

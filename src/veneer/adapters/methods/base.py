@@ -37,7 +37,20 @@ class Base(Protocol):
     """What a method may ask about the resident base."""
 
     @property
+    def model_type(self) -> str:
+        """transformers' name of the architecture."""
+        ...
+
+    @property
     def sites(self) -> Mapping[str, Site]: ...
+
+    @property
+    def hidden_sites(self) -> Mapping[str, Site]:
+        """Places in the decoder layers that are no linear layer, by name (see `program.Site`).
+
+        Empty where the layers have another form than Llama's.
+        """
+        ...
 
     @property
     def num_layers(self) -> int: ...
