@@ -17,12 +17,28 @@ from veneer.engine.layers import StepContext
 from veneer.engine.packed import PackedLinear
 from veneer.kernels.attention import PagedBatch
 from veneer.kernels.low_rank import Workspace, make_tiles
-from veneer.kernels.tables import ABSENT, BASE_SLOT, RANK, AdapterTables, Segment, absent_entries
+from veneer.kernels.tables import (
+    ABSENT,
+    BASE_SLOT,
+    IN_BLOCK,
+    IN_OFFSET,
+    OUT_OFFSET,
+    OUT_PAIR,
+    RANK,
+    AdapterTables,
+    Segment,
+    absent_entries,
+    find_transforms,
+)
 
 ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "phi3", "llama-gelu"]
-RANKS = (3, 16, 0)  # by slot; the last has biases only
+RANKS = (3, 16, 0, 4, 0, 5)  # by slot; the third has biases only
+SCALES = {3: 0, 4: 16, 5: 2}  # slot: features of a pair, 0 without pairs
+TURNS = {4: 8, 5: 1}  # slot: features of a block
 PAGE = 4
 MIX = ((BASE_SLOT, 0, 13), (BASE_SLOT, 20, 1), (0, 5, 9), (0, 17, 1), (1, 30, 1), (1, 0, 2), (2, 3, 1))
+SCALED = (*MIX, (3, 9, 2), (3, 0, 1))
+TURNED = (*SCALED, (4, 0, 7), (4, 12, 1), (5, 30, 1), (5, 3, 2))
 BASE_ONLY = ((BASE_SLOT, 0, 13), (BASE_SLOT, 20, 1))
 """Sequences as (slot, position of the first row, rows): chunks of prompts, and decode rows."""
 
@@ -69,7 +85,7 @@ def load(folder: Path) -> Base:
 
 
 def random_tables(base: Base) -> AdapterTables:
-    """Adapters of RANKS at every site but each fifth, some with a bias."""
+    """Adapters of RANKS, SCALES and TURNS at every site but each fifth, some with a bias."""
     pieces: list[torch.Tensor] = []
     entries = absent_entries(len(RANKS), len(base.sites))
 
@@ -85,7 +101,15 @@ def random_tables(base: Base) -> AdapterTables:
             bias = place(site.out_features) if rank == 0 or index % 3 == 0 else ABSENT
             factors = (place(rank, site.in_features), place(rank, site.out_features)) if rank else (0, 0)
             entries[slot, index, : RANK + 1] = torch.tensor([*factors, bias, rank])
-    return AdapterTables(torch.cat(pieces), entries, entries)
+            if slot in SCALES:
+                pair = SCALES[slot]
+                scale = place(2 if pair else 1, site.out_features)
+                entries[slot, index, [OUT_OFFSET, OUT_PAIR]] = torch.tensor([scale, pair])
+            if slot in TURNS:
+                turn = place(site.in_features, TURNS[slot])
+                entries[slot, index, [IN_OFFSET, IN_BLOCK]] = torch.tensor([turn, TURNS[slot]])
+    transforms = {slot: find_transforms(entries[slot]) for slot in SCALES}
+    return AdapterTables(torch.cat(pieces), entries, entries, transforms)
 
 
 def fill_step(base: Base, tables: AdapterTables, sequences: tuple[tuple[int, int, int], ...]) -> torch.Tensor:
@@ -103,7 +127,8 @@ def fill_step(base: Base, tables: AdapterTables, sequences: tuple[tuple[int, int
     slots = [int(pages[i, p // PAGE]) * PAGE + p % PAGE for i, each in enumerate(positions) for p in each]
     shape = (pages.numel(), PAGE, base.num_kv_heads, base.head_dim)
     step.tables, step.workspace = tables, Workspace(tables, rows, max(RANKS))
-    step.rows = make_tiles(segments, rows, len(RANKS), CPU)
+    transforms = tables.transforms_of(segment.slot for segment in segments)
+    step.rows = make_tiles(segments, rows, len(RANKS), CPU, transforms)
     step.kv_cache = [(torch.randn(shape), torch.randn(shape)) for _ in range(base.num_layers)]
     kv_lens = [first + count for _, first, count in sequences]
     step.batch = PagedBatch(
@@ -127,7 +152,9 @@ def run(layer: Any, step: StepContext, fused: bool, x: torch.Tensor, positions: 
     return [y, *after[layer.index]]
 
 
-@pytest.mark.parametrize("sequences", [MIX, BASE_ONLY], ids=["mixed", "base"])
+@pytest.mark.parametrize(
+    "sequences", [MIX, BASE_ONLY, SCALED, TURNED], ids=["mixed", "base", "scaled", "turned"]
+)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @torch.inference_mode()
 def test_fused_layer_equals_plain(
@@ -151,11 +178,11 @@ def test_fused_layer_equals_plain(
         for ours, theirs in zip(found, expected, strict=True):
             assert ours.shape == theirs.shape
             assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
-    if sequences is MIX:  # the adapters are felt
+    if sequences is not BASE_ONLY:  # the adapters are felt
         rows = positions.shape[1]
         base.context.rows = make_tiles([Segment(BASE_SLOT, 0, rows)], rows, len(RANKS), CPU)
         changed = (run(layer, base.context, True, x, embeddings)[0] - found[0])[0].abs().amax(1)
-        assert (changed > 1e-2).tolist() == [slot >= 0 for slot, _, count in MIX for _ in range(count)]
+        assert (changed > 1e-2).tolist() == [slot >= 0 for slot, _, count in sequences for _ in range(count)]
 
 
 def save_adapter(folder: Path, model: Path, rank: int) -> None:

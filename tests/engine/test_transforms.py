@@ -23,12 +23,9 @@ from peft import (
 )
 from transformers import AutoModelForCausalLM
 
-from veneer.engine.fused import FusedLayer
 from veneer.engine.graphs import Variant
 from veneer.engine.packed import FusedGroup, FusedPart, PackedLinear, dequantizing, pack_linears, packed
-from veneer.kernels.low_rank import make_tiles
 from veneer.kernels.nf4_layout import Nf4Codes, pack_nf4
-from veneer.kernels.tables import Segment
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS: dict[str, Callable[[], PeftConfig]] = {
@@ -44,7 +41,7 @@ KINDS: dict[str, Callable[[], PeftConfig]] = {
     "c3a": lambda: C3AConfig(block_size=16, target_modules=["q_proj", "v_proj", "down_proj"]),
     "shira": lambda: ShiraConfig(r=2, target_modules=LINEAR),
 }
-CPU = torch.device("cpu")
+CHANGING = ("c3a", "shira")  # weights: their steps run the plain layers
 
 
 def digest_of(kind: str) -> str:
@@ -146,7 +143,8 @@ def test_only_steps_with_such_an_adapter_are_transformed(
     step = driver.engine.base.context
     for kind, expected in ((None, False), ("ia3", True), ("lora", False), ("norms", True), (None, False)):
         driver.run(submit(driver, 0, kind))  # in the one slot after each other
-        assert step.rows.transformed == step.head_rows.transformed == expected
+        for rows in (step.rows, step.head_rows):
+            assert any(rows.transforms) == expected
     sites = list(driver.engine.base.sites)
     [transforms] = step.tables.transforms.values()
     readers = ("q_proj", "k_proj", "v_proj", "lm_head")
@@ -173,6 +171,33 @@ def test_only_steps_with_such_an_adapter_change_weights(
 
 
 # ---- the base's product for an input of its own -----------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_fused_layers_answer_as_plain_ones(
+    architecture: str,
+    tiny_model: Callable[[str], Path],
+    store_of: Callable[[str], Path],
+    make_engine: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("veneer.engine.base.packed_runs", lambda *_: True)
+    fields = {"store": str(store_of(architecture)), "max_loras": len(KINDS), "prefix_caching": False}
+    driver = make_engine(tiny_model(architecture), quantization="nf4", nf4_kernels="packed", **fields)
+    base = driver.engine.base
+    assert "fused decoder layers: 3 of 3" in base.notes
+    answers, transforming = [], [kind for kind in KINDS if kind not in CHANGING]
+    for fused in (False, True):
+        base.context.fused = fused
+        with pytest.MonkeyPatch.context() as patch:
+            for layer in base.model.model.layers if fused else []:
+                patch.setattr(layer.plain, "forward", None)
+            ids = [submit(driver, index, kind) for index, kind in enumerate([None, *transforming] * 2)]
+            answers.append((driver.run(*ids), [told(driver, identifier) for identifier in ids]))
+    (tokens, expected), (ours, found) = answers
+    assert ours == tokens
+    for row, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(row, theirs, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("make", [packed, dequantizing])
@@ -224,31 +249,26 @@ def test_packed_parts_are_read_alone_where_tiles_end(sizes: tuple[int, ...], own
             assert mine.untyped_storage().data_ptr() == all_of_it.untyped_storage().data_ptr()
 
 
-@torch.inference_mode()
-def test_fused_layers_leave_such_steps_to_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer: Any = FusedLayer.__new__(FusedLayer)
-    torch.nn.Module.__init__(layer)
-    rows = make_tiles([Segment(0, 0, 2)], 2, 1, CPU, transformed=True)
-    layer.step = type("Step", (), {"fused": True, "rows": rows})()
-    layer.plain = torch.nn.Linear(4, 4)
-    x = torch.randn(1, 2, 4)
-    assert torch.equal(layer(x), layer.plain(x))
-
-
 # ---- graphs -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_decode_graphs_have_a_variant_for_it(
+    quantization: str,
     tiny_model: Callable[[str], Path],
     store_of: Callable[[str], Path],
     make_engine: Callable[..., Any],
     replay_graphs: Callable[[Any], list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("veneer.engine.base.packed_runs", lambda *_: True)  # in fused layers
     fields = {"store": str(store_of("llama")), "max_loras": len(KINDS), "prefix_caching": False}
+    fields |= {"quantization": quantization, "nf4_kernels": "packed"}
     plain, driver = (make_engine(tiny_model("llama"), **fields) for _ in range(2))
     made = replay_graphs(driver.engine)
-    transforming = [kind for kind in KINDS if kind not in ("c3a", "shira")]
-    for choices in ([None, None], [None, "lora"], [None, *transforming], ["road"], [None, *KINDS]):
+    transforming = [None, *(kind for kind in KINDS if kind not in CHANGING)]
+    scaling = [None, "dora", "lora", "road"]
+    for choices in ([None, None], [None, "lora"], scaling, transforming, [None, *KINDS]):
         ids = [[submit(d, index, kind) for index, kind in enumerate(choices)] for d in (plain, driver)]
         assert driver.run(*ids[1]) == plain.run(*ids[0])
         for theirs, ours in zip(*ids, strict=True):

@@ -51,10 +51,15 @@ def run_nf4() -> None:
             sizes = make_plan(37, outputs, inputs, Device(), block_m=block_m, splits=3)
             for plan in (sizes, replace(sizes, wgmma=False)) if block_m < 128 else (sizes,):
                 nf4.nf4_matmul_triton(random(37, inputs), weight, sizes=plan)
+    codes = torch.randint(16, (325, 192), dtype=torch.uint8, device="cuda")
+    weight = pack_nf4(Nf4Codes(codes, torch.rand(325, 3, device="cuda")))
+    for rows in (3, 40, 300):
+        for widths in ((128, 128, 69), (256, 69), (100, 225)):
+            nf4.nf4_grouped(random(len(widths), rows, 192), weight, widths)
 
 
 def make_tables(ranks: list[int], sites: list[tuple[int, int]]) -> AdapterTables:
-    """An arena that ends where the last factor ends. `sites` are (out, in)."""
+    """An arena that ends where the last scale ends. `sites` are (out, in); the first adapter scales in pairs."""
     entries = absent_entries(len(ranks), len(sites))
     at = 0
     for slot, rank in enumerate(ranks):
@@ -64,6 +69,8 @@ def make_tables(ranks: list[int], sites: list[tuple[int, int]]) -> AdapterTables
                 places.append(at)
                 at += -(-size // ALIGNED) * ALIGNED
             entries[slot, site, : RANK + 1] = torch.tensor([*places, rank])
+            entries[slot, site, [OUT_OFFSET, OUT_PAIR]] = torch.tensor([at, 0 if slot else 8])
+            at += -(-outputs * (1 if slot else 2) // ALIGNED) * ALIGNED
     return AdapterTables(random(at), entries.cuda(), entries)
 
 
@@ -77,19 +84,21 @@ def run_layer(rows: int, segments: list[Segment], ranks: list[int]) -> None:
     x, cos, sin = random(rows, hidden), random(rows, head_dim), random(rows, head_dim)
     caches = [torch.zeros(rows, 1, kv_heads, head_dim, dtype=BF16, device="cuda") for _ in range(2)]
     slots = torch.arange(rows, dtype=torch.int32, device="cuda")
-    for count in (1, 3):
+    for count, scaled in ((1, False), (3, False), (1, True), (3, True)):
         dtype = BF16 if count == 1 else torch.float32
         low_rank.shrink(x, tables, tiles, 0, 3, workspace)
         parts = random(count, rows, 128, dtype=dtype)
         weight = random(head_dim)
         epilogue.rope(
             parts, tables, tiles, 0, 3, workspace, heads, kv_heads, cos, sin, caches[0], caches[1], slots, None,
-            weight, weight, 1e-6,
+            weight, weight, 1e-6, scaled,
         )  # fmt: skip
         low_rank.shrink(x, tables, tiles, 4, 2, workspace)
-        epilogue.gated(random(count, rows, 2 * inner, dtype=dtype), tables, tiles, 4, 2, workspace, "silu")
+        parts = random(count, rows, 2 * inner, dtype=dtype)
+        epilogue.gated(parts, tables, tiles, 4, 2, workspace, "silu", scaled=scaled)
         low_rank.shrink(random(rows, inner), tables, tiles, 6, 1, workspace)
-        epilogue.add_update(random(count, rows, hidden, dtype=dtype), tables, tiles, 6, workspace, residual=x)
+        parts = random(count, rows, hidden, dtype=dtype)
+        epilogue.add_update(parts, tables, tiles, 6, workspace, residual=x, scaled=scaled)
     low_rank.low_rank(x, random(rows, 64), tables, tiles, 0, workspace)
     norm.rms_norm(x, random(hidden), 1e-5)
 
@@ -97,15 +106,15 @@ def run_layer(rows: int, segments: list[Segment], ranks: list[int]) -> None:
 def run_transforms() -> None:
     """Blocks, pairs and features that are no multiples of the tiles; the arena ends with the last tensor."""
     for features, block, pair in ((72, 9, 12), (133, 7, 0), (320, 80, 320), (130, 1, 2)):
-        entries = absent_entries(1, 1)
+        entries = absent_entries(1, 2)  # the second is that of a site without anything
         start = -(-features * block // ALIGNED) * ALIGNED
         entries[0, 0, [IN_OFFSET, IN_BLOCK, OUT_OFFSET, OUT_PAIR]] = torch.tensor([0, block, start, pair])
         arena = random(start + (2 if pair else 1) * features)
         tables = AdapterTables(arena, entries.cuda(), entries)
         for rows in (3, 300):
             segments = [Segment(BASE_SLOT, 0, 1), Segment(0, 1, rows)]
-            tiles = low_rank.make_tiles(segments, rows, 1, torch.device("cuda"), transformed=True)
-            transform.transform_input(random(rows, features), tables, tiles, 0)
+            tiles = low_rank.make_tiles(segments, rows, 1, torch.device("cuda"))
+            transform.transform_input(random(rows, features), tables, tiles, 0, 2)
             transform.transform_output(random(rows, features), tables, tiles, 0)
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from veneer.kernels.tables import (
     ALIGNED,
     BASE_SLOT,
     BIAS_OFFSET,
+    OUT_OFFSET,
+    OUT_PAIR,
     RANK,
     AdapterTables,
     RowTiles,
@@ -55,6 +58,7 @@ class Case:
     tile_rows: int = DECODE_TILE
     heads: tuple[int, int] = (HEADS, KV_HEADS)
     features: int | None = None
+    changes: tuple[tuple[int, int], ...] = ()  # (slot, pair): its adapter scales the output, in pairs over 0
 
     @property
     def rows(self) -> int:
@@ -72,6 +76,35 @@ SMALL = [
     Case("norms", ((0, 5), (1, 4)), (5, 20), splits=2, norms=True),
     Case("odd", ((2, 7), (BASE, 1), (0, 17)), (13, 4, 33), (2,), 397, 24, splits=2, features=131, bias=True),
     Case("large tiles", ((0, 70), (BASE, 65), (1, 3)), (40, 8), (0,), splits=0, norms=True, tile_rows=64),
+    Case(
+        "scales",
+        ((0, 3), (BASE, 2), (1, 9), (2, 1)),
+        (4, 0, 2),
+        (1,),
+        splits=3,
+        bias=True,
+        changes=((0, 0), (1, 0)),
+    ),
+    Case(
+        "pairs",
+        ((BASE, 1), (0, 9), (1, 2), (2, 3)),
+        (0, 5, 3),
+        (0,),
+        splits=2,
+        bias=True,
+        norms=True,
+        changes=((0, 8), (1, 32), (2, 0)),
+    ),
+    Case("joined pairs", ((0, 5), (1, 1)), (5, 0), (0,), splits=2, joined=True, changes=((0, 64), (1, 2))),
+    Case("odd scales", ((1, 2), (0, 9)), (3, 0), (), 40, splits=2, features=131, changes=((0, 0), (1, 0))),
+    Case(
+        "scaled large tiles",
+        ((0, 70), (BASE, 5), (1, 3)),
+        (7, 0),
+        splits=0,
+        tile_rows=64,
+        changes=((0, 4), (1, 0)),
+    ),
     Case("split input", ((1, 2), (0, 1)), (3, 20), (), 1040, splits=2, bias=True),
 ]
 LLAMA = Case("", (), inputs=4096, head_dim=128, heads=(32, 8), features=14336, splits=4)
@@ -86,6 +119,15 @@ LARGE = [
         ranks=(8, 128, 64),
         biases=(0, 2),
         bias=True,
+    ),
+    replace(
+        LLAMA,
+        name="scaled",
+        counts=((BASE, 3), (2, 20), (0, 1), (1, 31)),
+        ranks=(16, 0, 16),
+        bias=True,
+        norms=True,
+        changes=((0, 0), (1, 64), (2, 1024)),
     ),
     replace(
         LLAMA,
@@ -107,6 +149,8 @@ class Setup:
         self.random = torch.Generator().manual_seed(0)
         self.sites = 1 if case.joined else len(widths)
         self.widths = (sum(widths),) if case.joined else widths
+        self.pairs = dict(case.changes)
+        self.changes: dict[tuple[int, int], torch.Tensor] = {}
         pieces: list[torch.Tensor] = []
         entries = absent_entries(len(case.ranks), SITE + self.sites + 1)
         self.factors: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
@@ -128,6 +172,11 @@ class Setup:
                     entries[slot, SITE + index, : RANK + 1] = torch.tensor([place(a), place(b), ABSENT, rank])
                 if slot in case.biases:
                     entries[slot, SITE + index, BIAS_OFFSET] = place(bias)
+                if slot in self.pairs:
+                    pair = self.pairs[slot]
+                    change = (self.randn(2 if pair else 1, width) * 0.2).to(dtype)
+                    entries[slot, SITE + index, [OUT_OFFSET, OUT_PAIR]] = torch.tensor([place(change), pair])
+                    self.changes[slot, index] = change.double()
         arena = torch.cat([*pieces, torch.full((64,), math.nan)]).to(device, dtype)
         self.tables = AdapterTables(arena, entries.to(device), entries)
         self.workspace = Workspace(self.tables, max(case.rows, 1), max(*case.ranks, 1))
@@ -161,7 +210,7 @@ class Setup:
         return view_tiles(block.to(self.device), self.segments, adapted, case.tile_rows)
 
     def total(self) -> torch.Tensor:
-        """Parts + bias + updates in float64."""
+        """OUT(parts + bias) + updates in float64."""
         total = self.parts.double().sum(0).cpu()
         if self.bias is not None:
             total += self.bias.double().cpu()
@@ -169,8 +218,19 @@ class Setup:
             for slot, start, stop in self.segments:
                 if slot != BASE:
                     a, b, bias = self.factors[slot, index]
+                    if slot in self.pairs:
+                        columns[start:stop] = self.changed(columns[start:stop], slot, index)
                     columns[start:stop] += self.x[start:stop].double().cpu() @ a.T @ b + bias
         return total
+
+    def changed(self, rows: torch.Tensor, slot: int, index: int) -> torch.Tensor:
+        change, pair = self.changes[slot, index], self.pairs[slot]
+        found = rows * (1 + change[0])
+        if pair:
+            i = torch.arange(rows.shape[1])
+            partner = torch.where(i % pair < pair // 2, i + pair // 2, i - pair // 2)
+            found += rows[:, partner] * change[1]
+        return found
 
 
 @dataclass(frozen=True)
@@ -211,16 +271,17 @@ def check_add(case: Case, dtype: torch.dtype, device: str, path: Path) -> None:
     expected = setup.total()
     tables, tiles, site, _, workspace = path.shrunk(setup)
     add = path("add_update")
-    assert_close(add(setup.parts, tables, tiles, site, workspace, setup.bias), expected, dtype)
+    scaled = bool(case.changes)
+    assert_close(add(setup.parts, tables, tiles, site, workspace, setup.bias, scaled=scaled), expected, dtype)
     # columns of a wider tensor, which keeps what surrounds them, and a residual
     guarded = torch.full((case.rows + 2, width + 5), math.nan, dtype=dtype, device=device)
     residual = setup.on_device(setup.randn(case.rows, width))
     out = guarded[1:-1, 2:-3]
-    add(setup.parts, tables, tiles, site, workspace, setup.bias, residual, out)
+    add(setup.parts, tables, tiles, site, workspace, setup.bias, residual, out, scaled)
     assert_close(out, expected + residual.double().cpu(), dtype)
     out.fill_(math.nan)
     assert guarded.isnan().all()
-    if setup.parts.dtype == dtype:  # in place
+    if setup.parts.dtype == dtype and not scaled:  # in place
         out = setup.parts[0]
         assert_close(add(setup.parts, tables, tiles, site, workspace, setup.bias, out=out), expected, dtype)
 
@@ -234,7 +295,7 @@ def check_gated(case: Case, dtype: torch.dtype, device: str, path: Path) -> None
         ("silu", torch.nn.functional.silu(gate)),
         ("gelu_tanh", torch.nn.functional.gelu(gate, approximate="tanh")),
     ):
-        actual = path("gated")(setup.parts, *arguments, name, setup.bias)
+        actual = path("gated")(setup.parts, *arguments, name, setup.bias, bool(case.changes))
         assert_close(actual, activated * up, dtype)
 
 
@@ -261,7 +322,7 @@ def check_rope(case: Case, dtype: torch.dtype, device: str, path: Path) -> None:
         caches = [torch.full(shape, math.nan, dtype=dtype, device=device) for _ in range(2)]
         actual = path("rope")(
             setup.parts, *arguments, heads, kv_heads, cos, sin, *caches, slots.to(device, integer),
-            setup.bias, q_norm, k_norm, eps,
+            setup.bias, q_norm, k_norm, eps, bool(case.changes),
         )  # fmt: skip
         assert_close(actual, turned[0], dtype)
         for cache, expected in zip(caches, (turned[1], v), strict=True):
@@ -343,6 +404,22 @@ def test_a_captured_group_replays_another_mix_without_synchronizing() -> None:
 
 
 @pytest.mark.skipif(CUDA, reason="compiled")
+@CHECKS
+def test_what_changes_the_output_is_not_read_unasked(check: Check) -> None:
+    """Entries that lead nowhere do not matter to a call without `scaled`."""
+    case = Case("unasked", ((0, 3), (1, 9)), (4, 0), (1,), splits=2)
+
+    class Unread(Setup):
+        def __init__(self, case: Case, *rest: Any) -> None:
+            super().__init__(case, *rest)
+            self.tables.entries[..., OUT_OFFSET] = 1 << 40
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(check.__globals__, "Setup", Unread)
+        check(case, torch.float32, "cpu", TRITON)
+
+
+@pytest.mark.skipif(CUDA, reason="compiled")
 def test_rows_without_an_update_keep_every_bit_in_place() -> None:
     case = Case("two", ((BASE, 3), (0, 2), (1, 4)), (0, 3), splits=0)
     setup = Setup(case, (64,), torch.float32, "cpu")
@@ -371,6 +448,8 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         epilogue.add_update(setup.parts.half(), *rest)
     with pytest.raises(ValueError, match=r"bias is \[3\]; it must be \[64\]"):
         epilogue.add_update(setup.parts, *rest, bias=torch.zeros(3))
+    with pytest.raises(ValueError, match="columns are read as partners"):
+        epilogue.add_update(setup.parts, *rest, out=setup.parts[0], scaled=True)
     with pytest.raises(ValueError, match="activation is 'relu'"):
         epilogue.gated(setup.parts, tables, tiles, site, sites, workspace, "relu")
     cache = torch.zeros(1, 1, 2, 16)

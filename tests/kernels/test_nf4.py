@@ -21,6 +21,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from veneer.kernels.nf4 import (
     dequantize_nf4,
+    nf4_grouped,
+    nf4_grouped_torch,
     nf4_matmul,
     nf4_matmul_torch,
     nf4_matmul_triton,
@@ -305,9 +307,13 @@ CHOSEN = [plan(rows, 4096, 4096, Device()) for rows in (16, 32, 64, 128)]
 WITHOUT_WGMMA = [replace(sizes, wgmma=False, dependent_launch=False) for sizes in CHOSEN[:3]]
 
 
-@pytest.mark.parametrize("sizes", CHOSEN + WITHOUT_WGMMA, ids=lambda s: f"{s.block_m}-{s.wgmma}")
+@pytest.mark.parametrize(
+    ("sizes", "groups"),
+    [*((sizes, 1) for sizes in CHOSEN + WITHOUT_WGMMA), *((sizes, 3) for sizes in CHOSEN)],
+    ids=lambda s: f"{s.block_m}-{s.wgmma}" if isinstance(s, Nf4Plan) else str(s),
+)
 def test_every_plan_compiles_and_keeps_weights_in_registers(
-    sizes: Nf4Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sizes: Nf4Plan, groups: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights reach the matrix unit without shared memory, products overlap, and enough programs fit.
 
@@ -319,7 +325,7 @@ def test_every_plan_compiles_and_keeps_weights_in_registers(
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # unset, some versions of Triton warn
     constants = {"TILES": sizes.tiles, "BLOCK_M": sizes.block_m, "STAGES": sizes.stages, "EVEN": True}
     constants |= {"HAS_BIAS": False, "LOOKUP": sizes.lookup, "WGMMA": sizes.wgmma}
-    constants |= {"PDL": sizes.dependent_launch}
+    constants |= {"PDL": sizes.dependent_launch, "GROUPS": groups}
     pointers = {"x": "*bf16", "packed": "*i32", "scales": "*i32", "tables": "*i32", "bias": "*bf16"}
     pointers |= {"out": "*fp32"}
     signature = {
@@ -367,6 +373,42 @@ def test_torch_path_matches_float64(case: Case, dtype: torch.dtype) -> None:
     weight = pack_nf4(random_codes(case.outputs, case.inputs))
     rms, worst = (1e-6, 1e-5) if dtype == torch.float32 else (2**-8, 2**-7)
     assert_close(nf4_matmul_torch(x, weight, bias), x, weight, bias, rms, worst)
+
+
+GROUPED = [
+    (3, (128, 128, 72)),
+    (1, (256, 64)),
+    (17, (100, 30)),
+    (20, (64, 192)),
+    (300, (128, 64, 70)),
+    (0, (64,)),
+]
+
+
+@pytest.mark.parametrize(
+    "run", [nf4_grouped_torch, pytest.param(nf4_grouped, marks=[pytest.mark.gpu, needs_cuda])]
+)
+@pytest.mark.parametrize(("rows", "widths"), GROUPED, ids=str)
+def test_groups_have_inputs_of_their_own(
+    run: Callable[..., torch.Tensor], rows: int, widths: tuple[int, ...]
+) -> None:
+    """On a GPU in one launch where groups begin with a program's tiles, and in one for each where they do not."""
+    x = torch.randn(len(widths), rows, 192, generator=torch.Generator().manual_seed(1)).to(DEVICE, DTYPE)
+    codes = random_codes(sum(widths), 192)
+    found = run(x, pack_nf4(codes), widths)
+    assert found.shape[1:] == (rows, sum(widths))
+    starts = [sum(widths[:group]) for group in range(len(widths))]
+    for each, start, width, columns in zip(x, starts, widths, found.split(widths, -1), strict=True):
+        part = Nf4Codes(codes.codes[start : start + width], codes.absmax[start : start + width])
+        rounding = 4e-3 if CUDA else 1e-6
+        assert_close(columns.double().sum(0), each, pack_nf4(part), None, rounding, 8 * rounding)
+
+
+def test_groups_that_do_not_fit_are_refused() -> None:
+    weight = pack_nf4(random_codes(128, 64))
+    for shape, widths in (((2, 1, 64), (64, 32)), ((1, 1, 64), (64, 64)), ((4, 1, 64), (32,) * 4)):
+        with pytest.raises(ValueError, match="for at most 3 groups of 128 features in all"):
+            nf4_grouped(torch.zeros(shape, dtype=DTYPE, device=DEVICE), weight, widths)
 
 
 def plans(case: Case) -> Iterator[Nf4Plan]:

@@ -39,7 +39,7 @@ if not CUDA:  # a kernel is compiled or interpreted according to this when its m
         patch.setenv("TRITON_INTERPRET", "1")
         import veneer.kernels.jit.transform  # noqa: F401
 
-Input = Callable[[torch.Tensor, AdapterTables, RowTiles, int], torch.Tensor]
+Input = Callable[..., torch.Tensor]
 Output = Callable[[torch.Tensor, AdapterTables, RowTiles, int], None]
 BASE = BASE_SLOT
 SITE = 1
@@ -122,7 +122,7 @@ class Setup:
         capacity = tile_capacity(self.rows, len(self.case.sizes), self.case.tile_rows) + 3
         block = torch.full((1 + capacity, 3), 12345, dtype=torch.int32)  # past the used ones anything
         fill_tiles(block.numpy(), self.segments, self.case.tile_rows)
-        return view_tiles(block.to(self.wide.device), self.segments, True, self.case.tile_rows, True)
+        return view_tiles(block.to(self.wide.device), self.segments, True, self.case.tile_rows)
 
     def expected(self, rows: torch.Tensor) -> torch.Tensor:
         found = rows.double().cpu()
@@ -154,7 +154,7 @@ def check_input(kernel: Input, case: Case, dtype: torch.dtype, device: str, limi
     setup = Setup(case, dtype, device, inputs=True)
     x = setup.wide[:, : case.features].contiguous()
     before = x.clone()
-    found = kernel(x, setup.tables, setup.tiles(), SITE)
+    (found,) = kernel(x, setup.tables, setup.tiles(), SITE)
     assert torch.equal(x, before)
     assert (found.shape, found.dtype) == (x.shape, dtype)
     setup.check(found, setup.expected(x), limit)
@@ -204,10 +204,23 @@ def test_compiled_output_matches_float64(case: Case, dtype: torch.dtype, limit: 
     check_output(transform_output, case, dtype, "cuda", limit)
 
 
+@pytest.mark.parametrize("kernel", [transform_input_torch, *([] if CUDA else [transform_input_triton])])
+@pytest.mark.parametrize("case", INPUTS, ids=name)
+def test_neighbouring_sites_turn_one_input_each_in_its_own_way(kernel: Input, case: Case) -> None:
+    """The site itself, and one without anything on either side: three inputs, of which the middle is turned."""
+    setup = Setup(case, torch.float32, "cpu", inputs=True)
+    x = setup.wide[:, : case.features].contiguous()
+    found = kernel(x, setup.tables, setup.tiles(), SITE - 1, 3)
+    assert found.shape == (3, *x.shape)
+    assert torch.equal(found[0], x)
+    assert torch.equal(found[2], x)
+    setup.check(found[1], setup.expected(x), 2e-6)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     entries = absent_entries(1, 1)
     tables = AdapterTables(torch.zeros(16), entries, entries)
-    tiles = make_tiles([Segment(0, 0, 2)], 2, 1, torch.device("cpu"), transformed=True)
+    tiles = make_tiles([Segment(0, 0, 2)], 2, 1, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"x is torch\.float32 \[2, 4\]; .* contiguous"):
         transform_input(torch.ones(2, 8)[:, ::2], tables, tiles, 0)
     with pytest.raises(ValueError, match=r"y is torch\.bfloat16 \[2, 4\]; it must be torch\.float32"):

@@ -1,8 +1,10 @@
 """Decoder layers of packed NF4 models in about a dozen launches, adapters included.
 
 An NF4 product of few rows comes in planes, one for each split of its sum. The kernel that adds the planes up also
-adds the adapters' updates, and goes on with what follows in the layer: RoPE and the KV cache, the activation, or
-the residual. The weights stay where transformers' layer has them, and `FusedLayer.plain` is that layer.
+scales and turns them as adapters ask, adds the adapters' updates, and goes on with what follows in the layer: RoPE
+and the KV cache, the activation, or the residual. Where an adapter of the step changes the base's input, one launch
+before the product does so for all linears of it. The weights stay where transformers' layer has them, and
+`FusedLayer.plain` is that layer.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from veneer.kernels.attention import paged_attention
 from veneer.kernels.epilogue import add_update, gated, rope
 from veneer.kernels.low_rank import Workspace, shrink
 from veneer.kernels.tables import AdapterTables, RowTiles
+from veneer.kernels.transform import transform_input
 
 
 def _config_window(attention: Any) -> int | None:
@@ -51,7 +54,11 @@ class Product:
     linear: PackedLinear
     bias: torch.Tensor | None
     site: int  # the first; the others follow it
-    sites: int
+    widths: tuple[int, ...]  # features of each
+
+    @property
+    def sites(self) -> int:
+        return len(self.widths)
 
 
 @dataclass(frozen=True)
@@ -64,11 +71,7 @@ class HeadNorms:
 
 
 class FusedLayer(nn.Module):
-    """A decoder layer of Llama's form.
-
-    Steps that ask for it, have no tables, or in which an adapter changes the base's input, output or weight, has an
-    activation or acts at a hidden state run `plain`.
-    """
+    """A decoder layer of Llama's form. Steps that `StepContext.runs_fused` rules out run `plain`."""
 
     def __init__(self, plain: Any, context: StepContext) -> None:
         """Raises NotFusable."""
@@ -92,9 +95,7 @@ class FusedLayer(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, **inputs: Any) -> torch.Tensor:
         """[1, rows, hidden] -> the same, with the arguments of transformers' layer."""
-        rows = self.step.rows
-        plain = rows is None or rows.transformed or rows.deltas or rows.hidden
-        if plain or not self.step.fused:
+        if not self.step.runs_fused:
             found: torch.Tensor = self.plain(hidden_states, **inputs)
             return found
         cos, sin = inputs["position_embeddings"]
@@ -126,6 +127,7 @@ class FusedLayer(nn.Module):
             q_norm=self.norms.query,
             k_norm=self.norms.key,
             eps=self.norms.eps,
+            scaled=rows.scaled(self.qkv.site, self.qkv.sites),
         )
         heads = paged_attention(q, k_cache, v_cache, batch, self.scaling, self.window)
         return self._add(self.o, heads.flatten(1), x)
@@ -142,21 +144,35 @@ class FusedLayer(nn.Module):
             workspace,
             self.activation,
             bias=self.gate_up.bias,
+            scaled=rows.scaled(self.gate_up.site, self.gate_up.sites),
         )
         return self._add(self.down, inner, x)
 
     def _add(self, product: Product, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         tables, rows, workspace = self._adapters()
         parts = self._parts(product, x)
-        return add_update(parts, tables, rows, product.site, workspace, bias=product.bias, residual=residual)
+        return add_update(
+            parts,
+            tables,
+            rows,
+            product.site,
+            workspace,
+            bias=product.bias,
+            residual=residual,
+            scaled=rows.scaled(product.site),
+        )
 
     def _parts(self, product: Product, x: torch.Tensor) -> torch.Tensor:
-        """x W^T in planes, and the adapters' A x in the workspace.
+        """x' W^T in planes, and the adapters' A x in the workspace.
 
         A x comes second because it may then start while the product ends: x is complete before both.
         """
         tables, rows, workspace = self._adapters()
-        parts = product.linear.parts(x)
+        if rows.turned(product.site, product.sites):
+            turned = transform_input(x, tables, rows, product.site, product.sites)
+            parts = product.linear.grouped_parts(turned, product.widths)
+        else:
+            parts = product.linear.parts(x)
         if rows.adapted:
             shrink(x, tables, rows, product.site, product.sites, workspace, beside=True)
         return parts
@@ -222,7 +238,7 @@ def _product(parent: nn.Module, *choices: tuple[str, ...]) -> Product:
     if [module.site for module in adapted] != list(range(first, first + len(names))):
         raise NotFusable(f"the sites of {', '.join(names)} are not neighbours")
     bias: Any = linear.bias
-    return Product(linear, bias, first, len(names))
+    return Product(linear, bias, first, tuple(int(module.base.out_features) for module in adapted))
 
 
 def _common(bases: Sequence[nn.Module]) -> PackedLinear | None:

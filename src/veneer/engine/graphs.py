@@ -23,7 +23,7 @@ from veneer.engine.base import Base
 from veneer.engine.scheduler import Scheduled
 from veneer.kernels.attention import PagedBatch
 from veneer.kernels.low_rank import choose_tile_rows, fill_tiles, tile_capacity, view_tiles
-from veneer.kernels.tables import BASE_SLOT, RowTiles, Segment
+from veneer.kernels.tables import BASE_SLOT, RowTiles, Segment, Transforms
 
 _WARM_UPS = 2  # the first compiles the kernels
 MIXED_BUCKETS = (128, 256, 512, 1024)  # with more rows the GPU is busy for longer than the host
@@ -71,9 +71,11 @@ class Variant(IntEnum):
 
     BASE = 0
     ADAPTED = 1
-    TRANSFORMED = 2  # turns inputs and scales outputs, too: `RowTiles.transformed`
-    CHANGED = 3  # adds dense and sparse changes, too: `RowTiles.deltas`
-    HIDDEN = 4  # has activations and hidden states, too: `RowTiles.hidden`
+    SCALED = 2  # changes the base's outputs
+    TURNED = 3  # changes its inputs
+    # the plain layers do what the others add
+    CHANGED = 4  # adds dense and sparse changes, too: `RowTiles.deltas`
+    HIDDEN = 5  # has activations and hidden states, too: `RowTiles.hidden`
 
 
 class TableSizes(NamedTuple):
@@ -195,9 +197,15 @@ class HostTables:
         self._rows[:ROW_FIELDS, rows:bucket] = [[0], [0], [self._scratch[0] * size], [-1]]
 
 
-def _view(block: torch.Tensor, variant: Variant, tile_rows: int) -> RowTiles:
-    does = (variant >= each for each in (Variant.TRANSFORMED, Variant.CHANGED, Variant.HIDDEN))
-    return view_tiles(block, (), variant >= Variant.ADAPTED, tile_rows, *does)
+def _view(block: torch.Tensor, variant: Variant, tile_rows: int, sites: int) -> RowTiles:
+    """Tiles of a step in which an adapter may do at each of `sites` sites what the variant does."""
+    everywhere, nowhere = frozenset(range(sites)), frozenset[int]()
+    transforms = Transforms(
+        inputs=everywhere if variant >= Variant.TURNED else nowhere,
+        outputs=everywhere if variant >= Variant.SCALED else nowhere,
+    )
+    flags = (variant >= each for each in (Variant.CHANGED, Variant.HIDDEN))
+    return view_tiles(block, (), variant >= Variant.ADAPTED, tile_rows, transforms, *flags)
 
 
 @dataclass(frozen=True)
@@ -276,8 +284,8 @@ class StepGraphs(ABC):
         tables = self._base.context.tables
         slots = {item.slot for item in planned}
         need = Variant.BASE if slots <= {BASE_SLOT} else Variant.ADAPTED
-        if tables is not None and not slots.isdisjoint(tables.transforms):
-            need = Variant.TRANSFORMED
+        if tables is not None and (changes := [c for slot in slots if (c := tables.transforms.get(slot))]):
+            need = Variant.TURNED if any(change.inputs for change in changes) else Variant.SCALED
         if tables is not None and not slots.isdisjoint(tables.deltas):
             need = Variant.CHANGED
         if tables is not None and not slots.isdisjoint(tables.hidden):
@@ -348,13 +356,13 @@ class DecodeGraphs(StepGraphs):
     ) -> None:
         """As for `StepGraphs`; `max_pages` of a sequence, `slots` of adapters.
 
-        Without `every_variant` steps with transforms, activations or hidden states have no graph.
+        Without `every_variant` steps that run plain layers have no graph: these are hundreds of launches each.
         """
         self._slots = slots
         self._tile_rows = choose_tile_rows(max_batch)
         sizes = TableSizes(DECODE_FIELDS, max_batch, self._tile_entries(max_batch), 0, max_batch, max_pages)
         buckets = buckets_up_to(max_batch)
-        variants = tuple(Variant) if every_variant else (Variant.BASE, Variant.ADAPTED)
+        variants = tuple(Variant) if every_variant else tuple(Variant)[: Variant.CHANGED]
         super().__init__(base, tokens, buckets, sizes, page_size, scratch_page, variants)
         self._query_start = torch.arange(max_batch + 1, dtype=torch.int32, device=base.device)
 
@@ -374,7 +382,7 @@ class DecodeGraphs(StepGraphs):
     def _bind(self, bucket: int, variant: Variant) -> None:
         step, tables = self._base.context, self._tables
         tiles = tables.tiles[: self._tile_entries(bucket)]
-        step.rows = step.head_rows = _view(tiles, variant, self._tile_rows)
+        step.rows = step.head_rows = _view(tiles, variant, self._tile_rows, len(self._base.sites))
         step.batch = PagedBatch(
             query_start=self._query_start[: bucket + 1],
             kv_len=tables.rows[LENGTHS, :bucket],
@@ -414,7 +422,7 @@ class MixedGraphs(StepGraphs):
             self._sequences,
             max_pages,
         )
-        variants = tuple(Variant)[Variant.ADAPTED :]
+        variants = (Variant.ADAPTED, Variant.TURNED, Variant.CHANGED, Variant.HIDDEN)
         super().__init__(base, tokens, buckets, sizes, page_size, scratch_page, variants)
 
     def fits(self, planned: Rows[Scheduled]) -> bool:
@@ -444,8 +452,9 @@ class MixedGraphs(StepGraphs):
     def _bind(self, bucket: int, variant: Variant) -> None:
         step, tables, count = self._base.context, self._tables, self._sequences
         tiles = tables.tiles[: self._tile_entries(bucket)]
-        step.rows = _view(tiles, variant, choose_tile_rows(bucket))
-        step.head_rows = _view(tables.head_tiles, variant, self._head_tile_rows)
+        sites = len(self._base.sites)
+        step.rows = _view(tiles, variant, choose_tile_rows(bucket), sites)
+        step.head_rows = _view(tables.head_tiles, variant, self._head_tile_rows, sites)
         step.batch = PagedBatch(
             query_start=tables.rows[QUERY_START, : count + 1],
             kv_len=tables.rows[LENGTHS, :count],

@@ -38,7 +38,13 @@ class StepContext:
     kv_cache: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # by layer
     batch: PagedBatch | None = None
     heads_sites: Sequence[int] = ()  # by layer, the site of its attention heads; empty where there are none
-    fused: bool = True  # whether layers that have a fused form run it
+    fused: bool = True  # whether layers that have a fused form may run it
+
+    @property
+    def runs_fused(self) -> bool:
+        """Whether they run it in this step: all that the fused form leaves out stands here."""
+        rows = self.rows
+        return self.fused and rows is not None and not (rows.deltas or rows.hidden)
 
 
 class AdaptedLinear(nn.Module):
@@ -71,11 +77,11 @@ class AdaptedLinear(nn.Module):
         tables, workspace = self.step.tables, self.step.workspace
         assert tables is not None  # the runner sets all three
         assert workspace is not None
-        turned, scaled = tables.transform_at(rows.segments, self.site) if rows.transformed else (False, False)
         flat = x.reshape(-1, x.shape[-1])
+        turned = rows.turned(self.site)
         y = self._turned(flat, tables, rows).view(*x.shape[:-1], -1) if turned else self.base(x)
         out: torch.Tensor = y.view(-1, y.shape[-1])
-        if scaled:
+        if rows.scaled(self.site):
             transform_output(out, tables, rows, self.site)
         low_rank(flat, out, tables, rows, self.site, workspace)
         dense, sparse = tables.delta_at(rows.segments, self.site) if rows.deltas else (False, False)
@@ -87,7 +93,7 @@ class AdaptedLinear(nn.Module):
 
     def _turned(self, x: torch.Tensor, tables: AdapterTables, rows: RowTiles) -> torch.Tensor:
         """W0 x' + b [rows, out]."""
-        turned = transform_input(x.contiguous(), tables, rows, self.site)
+        (turned,) = transform_input(x.contiguous(), tables, rows, self.site)
         found: torch.Tensor = (
             self.base.alone(turned) if isinstance(self.base, FusedPart) else self.base(turned)
         )

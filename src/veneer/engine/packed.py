@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from veneer.kernels.backend import resolve
-from veneer.kernels.nf4 import choose, nf4_matmul, nf4_planes
+from veneer.kernels.nf4 import choose, nf4_grouped, nf4_matmul, nf4_planes
 from veneer.kernels.nf4_layout import (
     BLOCK,
     ROW_PADDING,
@@ -71,6 +71,10 @@ class PackedLinear(nn.Module):
         if resolve(x.device).name == "triton" and (sizes := choose(x, self._weight)).fused:
             return nf4_planes(x, self._weight, sizes)
         return nf4_matmul(x, self._weight).unsqueeze(0)
+
+    def grouped_parts(self, x: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
+        """The same for groups of output features that each have an x of their own, [groups, rows, in]."""
+        return nf4_grouped(x, self._weight, widths)
 
 
 class DequantizingLinear(nn.Module):

@@ -122,8 +122,8 @@ class Runner:
     def capture_graphs(self, max_batch: int, max_model_len: int, everything: bool) -> None:
         """From here on, steps of decode rows alone replay CUDA graphs.
 
-        With `everything` also those with adapters that transform inputs or outputs, have activations or act at
-        hidden states, and mixed steps of up to 1024 rows.
+        With `everything` also those with adapters that change weights, have activations or act at hidden states,
+        and mixed steps of up to 1024 rows.
         """
         started = time.monotonic()
         sizes: dict[str, int] = {
@@ -239,8 +239,9 @@ class Runner:
     def _tiles(self, segments: Rows[Segment], rows: int) -> RowTiles:
         tables = self._step.tables
         assert tables is not None  # set at the start
-        flags = tables.transform(segments), tables.delta(segments), tables.has_hidden(segments)
-        return make_tiles(segments, rows, self._slots, self.base.device, *flags)
+        transforms = tables.transforms_of({segment.slot for segment in segments})
+        flags = tables.delta(segments), tables.has_hidden(segments)
+        return make_tiles(segments, rows, self._slots, self.base.device, transforms, *flags)
 
     def _sampling_row(self, item: Scheduled) -> SamplingRow:
         sequence = item.sequence

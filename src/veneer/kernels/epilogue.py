@@ -1,10 +1,11 @@
 """What follows the base's linears in a layer: their planes are added up, adapters expand, the rest is elementwise.
 
-    total = sum of parts + bias + update       update = B^T h + the adapter's bias, h from kernels/low_rank.py
+    total = OUT(sum of parts + bias) + update      update = B^T h + the adapter's bias, h from kernels/low_rank.py
 
-The sums run in float32 and are rounded to the engine's dtype once; what is computed of them is rounded where
-separate layers would round it. Rows without an adapter have no update. The tiles must cover every row. When
-`tiles.adapted` is False nothing of the adapters is read, and no `shrink` is needed.
+OUT is the scale and the rotation of kernels/transform.py; it is applied, and its places are read, only when a call
+says `scaled`. The sums run in float32 and are rounded to the engine's dtype once; what is computed of them is
+rounded where separate layers would round it. Rows without an adapter have no update and no OUT. The tiles must
+cover every row. When `tiles.adapted` is False nothing of the adapters is read, and no `shrink` is needed.
 
 `parts` is [splits, rows, features]: float32 planes of a split product, or one part in the engine's dtype.
 """
@@ -20,6 +21,7 @@ from torch.nn import functional
 from veneer.kernels.backend import launch_options, resolve
 from veneer.kernels.low_rank import DECODE_TILE, PROGRAMS, Workspace
 from veneer.kernels.tables import ABSENT, BASE_SLOT, RANK, AdapterTables, RowTiles
+from veneer.kernels.transform import transform_output_torch
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -66,15 +68,18 @@ def add_update(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    scaled: bool = False,
 ) -> torch.Tensor:
     """total, and residual + total when there is a residual [rows, out]. Returns [rows, out].
 
-    `out` may be the storage of parts[0], or columns of a wider tensor. `shrink` must have been called for
-    (site, 1). Raises ValueError for what does not fit.
+    `out` may be the storage of parts[0] unless `scaled`, or columns of a wider tensor. `shrink` must have been
+    called for (site, 1). Raises ValueError for what does not fit.
     """
     _check(parts, tables, workspace, bias)
+    if scaled and out is not None and out.data_ptr() == parts.data_ptr():
+        raise ValueError("out is parts[0], whose columns are read as partners of others; give another tensor")
     run = add_update_triton if resolve(parts.device).name == "triton" else add_update_torch
-    return run(parts, tables, tiles, site, workspace, bias, residual, out)
+    return run(parts, tables, tiles, site, workspace, bias, residual, out, scaled)
 
 
 def gated(
@@ -86,6 +91,7 @@ def gated(
     workspace: Workspace,
     activation: str,
     bias: torch.Tensor | None = None,
+    scaled: bool = False,
 ) -> torch.Tensor:
     """activation(gate) * up, [rows, N / 2]; gate and up are the halves of the N features.
 
@@ -95,7 +101,7 @@ def gated(
     if activation not in ACTIVATIONS:
         raise ValueError(f"the activation is {activation!r}; it must be one of {ACTIVATIONS}")
     run = gated_triton if resolve(parts.device).name == "triton" else gated_torch
-    return run(parts, tables, tiles, site, sites, workspace, activation, bias)
+    return run(parts, tables, tiles, site, sites, workspace, activation, bias, scaled)
 
 
 def rope(
@@ -116,6 +122,7 @@ def rope(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     eps: float = 0.0,
+    scaled: bool = False,
 ) -> torch.Tensor:
     """q [rows, heads, head_dim] after RoPE; k after RoPE and v go to their slots of the caches.
 
@@ -137,7 +144,7 @@ def rope(
     run = rope_triton if resolve(parts.device).name == "triton" else rope_torch
     return run(
         parts, tables, tiles, site, sites, workspace, heads, kv_heads, cos, sin, k_cache, v_cache,
-        slot_mapping, bias, q_norm, k_norm, eps,
+        slot_mapping, bias, q_norm, k_norm, eps, scaled,
     )  # fmt: skip
 
 
@@ -150,9 +157,10 @@ def add_update_torch(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    scaled: bool = False,
 ) -> torch.Tensor:
     """Reference of `add_update`."""
-    total = _total(parts, tables, tiles, site, (parts.shape[2],), workspace, bias)
+    total = _total(parts, tables, tiles, site, (parts.shape[2],), workspace, bias, scaled)
     if residual is not None:
         total = residual + total
     return total if out is None else out.copy_(total)
@@ -167,10 +175,12 @@ def gated_torch(
     workspace: Workspace,
     activation: str,
     bias: torch.Tensor | None = None,
+    scaled: bool = False,
 ) -> torch.Tensor:
     """Reference of `gated`."""
     features = parts.shape[2]
-    gate, up = _total(parts, tables, tiles, site, (features // sites,) * sites, workspace, bias).chunk(2, -1)
+    widths = (features // sites,) * sites
+    gate, up = _total(parts, tables, tiles, site, widths, workspace, bias, scaled).chunk(2, -1)
     return (functional.silu(gate) if activation == "silu" else functional.gelu(gate, approximate="tanh")) * up
 
 
@@ -192,13 +202,14 @@ def rope_torch(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     eps: float = 0.0,
+    scaled: bool = False,
 ) -> torch.Tensor:
     """Reference of `rope`."""
     head_dim = k_cache.shape[3]
     counts = (heads, kv_heads, kv_heads)
     widths = tuple(count * head_dim for count in counts)
     total = _total(
-        parts, tables, tiles, site, widths if sites == 3 else (sum(widths),), workspace, bias
+        parts, tables, tiles, site, widths if sites == 3 else (sum(widths),), workspace, bias, scaled
     ).view(parts.shape[1], -1, head_dim)
     q, k, v = torch.split(total, list(counts), dim=1)
     if q_norm is not None:
@@ -224,6 +235,7 @@ def _total(
     widths: tuple[int, ...],
     workspace: Workspace,
     bias: torch.Tensor | None,
+    scaled: bool,
 ) -> torch.Tensor:
     """The parts, bias and updates of sites with outputs of these widths side by side, in the engine's dtype."""
     dtype = tables.arena.dtype
@@ -233,6 +245,8 @@ def _total(
     if tiles.adapted:
         planes = workspace.held(site, len(widths), parts.shape[1])
         for index, columns in enumerate(torch.split(total, list(widths), -1)):
+            if scaled:
+                transform_output_torch(columns, tables, tiles, site + index)
             _add_expanded(columns, planes[index].sum(0).to(dtype), tables, tiles, site + index, workspace)
     return total.to(dtype)
 
@@ -266,6 +280,7 @@ def add_update_triton(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    scaled: bool = False,
 ) -> torch.Tensor:
     """`add_update` in Triton."""
     from veneer.kernels.jit import epilogue as jit
@@ -273,7 +288,7 @@ def add_update_triton(
     _, rows, features = parts.shape
     if out is None:
         out = torch.empty(rows, features, dtype=tables.arena.dtype, device=parts.device)
-    launch = _launch(parts, tables, tiles, site, 1, workspace, -(-features // 2), bias)
+    launch = _launch(parts, tables, tiles, site, 1, workspace, -(-features // 2), bias, scaled)
     in_place = out.data_ptr() == parts.data_ptr() and len(parts) == 1 and bias is None and residual is None
     if rows:
         jit.add_update[(launch.programs,)](
@@ -294,13 +309,14 @@ def gated_triton(
     workspace: Workspace,
     activation: str,
     bias: torch.Tensor | None = None,
+    scaled: bool = False,
 ) -> torch.Tensor:
     """`gated` in Triton."""
     from veneer.kernels.jit import epilogue as jit
 
     rows, half = parts.shape[1], parts.shape[2] // 2
     out = torch.empty(rows, half, dtype=tables.arena.dtype, device=parts.device)
-    launch = _launch(parts, tables, tiles, site, sites, workspace, half, bias)
+    launch = _launch(parts, tables, tiles, site, sites, workspace, half, bias, scaled)
     if rows:
         jit.gated[(launch.programs,)](
             parts, parts if bias is None else bias, out, *launch.shared, half,
@@ -328,13 +344,14 @@ def rope_triton(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     eps: float = 0.0,
+    scaled: bool = False,
 ) -> torch.Tensor:
     """`rope` in Triton: a program has one head of one tile of rows."""
     from veneer.kernels.jit import epilogue as jit
 
     rows, head_dim = parts.shape[1], k_cache.shape[3]
     q = torch.empty(rows, heads, head_dim, dtype=tables.arena.dtype, device=parts.device)
-    launch = _launch(parts, tables, tiles, site, sites, workspace, parts.shape[2], bias, head_dim)
+    launch = _launch(parts, tables, tiles, site, sites, workspace, parts.shape[2], bias, scaled, head_dim)
     if rows:
         jit.rope[(launch.programs,)](
             parts, parts if bias is None else bias, q, k_cache, v_cache, slot_mapping, cos, sin,
@@ -364,6 +381,7 @@ def _launch(
     workspace: Workspace,
     columns: int,
     bias: torch.Tensor | None,
+    scaled: bool,
     head_dim: int | None = None,
 ) -> _Launch:
     count, rows, _ = parts.shape
@@ -376,6 +394,7 @@ def _launch(
         "SPLITS": h.shape[1],
         "HAS_BIAS": bias is not None,
         "ADAPTED": tiles.adapted,
+        "SCALED": scaled and tiles.adapted,
         "BLOCK_M": sizes.block_m,
         "BLOCK_N": sizes.block_n,
         "BLOCK_R": sizes.block_r,

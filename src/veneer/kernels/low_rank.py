@@ -24,7 +24,17 @@ import torch
 from numpy.typing import NDArray
 
 from veneer.kernels.backend import launch_options, resolve
-from veneer.kernels.tables import ABSENT, ALIGNED, BASE_SLOT, RANK, AdapterTables, RowTiles, Segment
+from veneer.kernels.tables import (
+    ABSENT,
+    ALIGNED,
+    BASE_SLOT,
+    NO_TRANSFORMS,
+    RANK,
+    AdapterTables,
+    RowTiles,
+    Segment,
+    Transforms,
+)
 
 GROUP_SITES = 3  # the most sites that share an input: q, k and v
 DECODE_TILE = 8  # rows; the fewest that a matrix unit takes
@@ -112,13 +122,13 @@ def view_tiles(
     segments: Sequence[Segment],
     adapted: bool,
     tile_rows: int,
-    transformed: bool = False,
+    transforms: Transforms = NO_TRANSFORMS,
     deltas: bool = False,
     hidden: bool = False,
 ) -> RowTiles:
     """The tiles that `fill_tiles` wrote, once they are on the device: views of `block`."""
-    flags = (transformed, deltas, hidden)
-    return RowTiles(tuple(segments), block[1:], block[0, :1], adapted, tile_rows, *flags)
+    does = (transforms, deltas, hidden)
+    return RowTiles(tuple(segments), block[1:], block[0, :1], adapted, tile_rows, *does)
 
 
 def make_tiles(
@@ -126,11 +136,11 @@ def make_tiles(
     rows: int,
     slots: int,
     device: torch.device,
-    transformed: bool = False,
+    transforms: Transforms = NO_TRANSFORMS,
     deltas: bool = False,
     hidden: bool = False,
 ) -> RowTiles:
-    """Cut segments into tiles, on `device` by one asynchronous copy. For the flags see `RowTiles`.
+    """Cut segments into tiles, on `device` by one asynchronous copy. For what adapters do see `RowTiles`.
 
     The segments must cover rows 0 to `rows` in order, those of the base included; raises ValueError otherwise.
     """
@@ -143,8 +153,8 @@ def make_tiles(
     block = torch.zeros(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
     fill_tiles(block.numpy(), segments, tile_rows)
     adapted = any(segment.slot != BASE_SLOT for segment in segments)
-    flags = (transformed, deltas, hidden)
-    return view_tiles(block.to(device, non_blocking=True), segments, adapted, tile_rows, *flags)
+    does = (transforms, deltas, hidden)
+    return view_tiles(block.to(device, non_blocking=True), segments, adapted, tile_rows, *does)
 
 
 class Workspace:

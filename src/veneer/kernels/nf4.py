@@ -11,12 +11,23 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 
 from veneer.kernels.backend import launch_options, resolve
-from veneer.kernels.nf4_layout import Nf4Weight, codebook, pair_table, permute_tables, unpack_nf4
+from veneer.kernels.nf4_layout import (
+    TILE_ROWS,
+    Nf4Weight,
+    codebook,
+    pair_table,
+    permute_tables,
+    unpack_nf4,
+)
 from veneer.kernels.nf4_plan import Device, Nf4Plan, plan
+
+MAX_GROUPS = 3  # q, k and v
 
 
 def nf4_matmul(
@@ -99,6 +110,56 @@ def nf4_planes(x: torch.Tensor, weight: Nf4Weight, sizes: Nf4Plan | None = None)
     return planes
 
 
+def nf4_grouped(x: torch.Tensor, weight: Nf4Weight, widths: Sequence[int]) -> torch.Tensor:
+    """Groups of output features, each of an x of its own, side by side, as what adds up to it: [splits, M, N].
+
+        y[:, columns of group g] = x[g] W[features of group g]^T      x: [groups, M, K]
+
+    `widths` are the groups' features, N together. Few rows on a GPU give float32 planes that were never added;
+    otherwise it is one part of x's type. Raises ValueError for what does not fit.
+    """
+    if x.ndim != 3 or len(x) != len(widths) or sum(widths) != weight.out_features or len(x) > MAX_GROUPS:
+        raise ValueError(
+            f"x is {list(x.shape)} for groups of {list(widths)} features; it must be [groups, rows, "
+            f"{weight.in_features}] for at most {MAX_GROUPS} groups of {weight.out_features} features in all"
+        )
+    run = nf4_grouped_triton if resolve(x.device).name == "triton" else nf4_grouped_torch
+    return run(x, weight, widths)
+
+
+def nf4_grouped_torch(x: torch.Tensor, weight: Nf4Weight, widths: Sequence[int]) -> torch.Tensor:
+    """Reference of `nf4_grouped`: dequantized and multiplied in float32, rounded to x's type once."""
+    matrices = unpack_nf4(weight, torch.float32).split(list(widths))
+    columns = [rows.float() @ matrix.T for rows, matrix in zip(x, matrices, strict=True)]
+    return torch.cat(columns, -1).to(x.dtype).unsqueeze(0)
+
+
+def nf4_grouped_triton(
+    x: torch.Tensor, weight: Nf4Weight, widths: Sequence[int], sizes: Nf4Plan | None = None
+) -> torch.Tensor:
+    """`nf4_grouped` in Triton: one launch of few rows, where the groups begin with a program's tiles."""
+    groups, rows, _ = x.shape
+    sizes = sizes or choose(x[0], weight)
+    starts = [0, *accumulate(widths)][:groups]
+    if not sizes.fused:
+        y = torch.empty(rows, weight.out_features, dtype=x.dtype, device=x.device)
+        dense = _scratch(x[0], weight, None)
+        dequantize_nf4(weight, dense)
+        for group, part in enumerate(dense.split(list(widths))):
+            torch.mm(x[group], part.T, out=y[:, starts[group] : starts[group] + widths[group]])
+        return y.unsqueeze(0)
+    if any(start % (TILE_ROWS * sizes.tiles) for start in starts):  # the whole product for each
+        wholes = [nf4_planes(each, weight, sizes).split(list(widths), -1) for each in x]
+        return torch.cat([whole[group] for group, whole in enumerate(wholes)], -1)
+    planes = torch.empty(sizes.splits, rows, weight.out_features, dtype=torch.float32, device=x.device)
+    if not x.is_contiguous():
+        raise ValueError(f"x {list(x.shape)} must be contiguous")
+    _check(x[0], weight, None, planes[0])
+    if rows:
+        _launch(x, weight, None, planes, sizes, starts)
+    return planes
+
+
 def dequantize_nf4(weight: Nf4Weight, out: torch.Tensor) -> None:
     """Write W into `out` [N, K] in one pass, in out's type. Triton only; `unpack_nf4` is the reference."""
     from veneer.kernels.jit.nf4 import dequantize
@@ -127,11 +188,18 @@ def choose(x: torch.Tensor, weight: Nf4Weight) -> Nf4Plan:
 
 
 def _launch(
-    x: torch.Tensor, weight: Nf4Weight, bias: torch.Tensor | None, out: torch.Tensor, sizes: Nf4Plan
+    x: torch.Tensor,
+    weight: Nf4Weight,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    sizes: Nf4Plan,
+    starts: Sequence[int] = (0,),
 ) -> None:
+    """`starts`: the first output feature of each group, which is that of a program."""
     from veneer.kernels.jit.nf4_matmul import matmul
 
-    rows, columns = x.shape
+    rows, columns = x.shape[-2:]
+    begins = [start // TILE_ROWS for start in starts] + [0] * (MAX_GROUPS - len(starts))
     grid = (-(-rows // sizes.block_m), -(-weight.out_features // (64 * sizes.tiles)), sizes.splits)
     matmul[grid](
         x,
@@ -146,6 +214,8 @@ def _launch(
         weight.out_features,
         weight.pairs,
         sizes.split_pairs,
+        *begins[1:],
+        GROUPS=len(starts),
         TILES=sizes.tiles,
         BLOCK_M=sizes.block_m,
         STAGES=sizes.stages,

@@ -38,10 +38,13 @@ class Deltas(NamedTuple):
 
 
 class Transforms(NamedTuple):
-    """The sites at which an adapter changes the base's input or output."""
+    """The sites at which an adapter, or some adapter of a step, changes the base's input or output."""
 
-    inputs: frozenset[int]
-    outputs: frozenset[int]
+    inputs: frozenset[int] = frozenset()
+    outputs: frozenset[int] = frozenset()
+
+
+NO_TRANSFORMS = Transforms()
 
 
 @dataclass(frozen=True)
@@ -91,17 +94,10 @@ class AdapterTables:
             not segments or any(site in sites.sparse for sites in found),
         )
 
-    def transform(self, segments: Iterable[Segment]) -> bool:
-        """Whether an adapter of these segments changes the base's input or output anywhere."""
-        return any(segment.slot in self.transforms for segment in segments)
-
-    def transform_at(self, segments: Sequence[Segment], site: int) -> tuple[bool, bool]:
-        """Whether they change the input and the output at a site; both in a captured graph (no segments)."""
-        found = [self.transforms[segment.slot] for segment in segments if segment.slot in self.transforms]
-        return (
-            not segments or any(site in sites.inputs for sites in found),
-            not segments or any(site in sites.outputs for sites in found),
-        )
+    def transforms_of(self, slots: Iterable[int]) -> Transforms:
+        """The sites at which an adapter in one of these slots changes the base's input or output."""
+        found = [self.transforms[slot] for slot in slots if slot in self.transforms]
+        return Transforms(*(frozenset[int]().union(*sites) for sites in zip(*found, strict=True)))
 
     def has_hidden(self, segments: Iterable[Segment]) -> bool:
         """Whether an adapter of these segments has an activation, or a part at a hidden state."""
@@ -167,6 +163,14 @@ class RowTiles:
     used: torch.Tensor  # int32 [1], on the arena's device: tiles in use
     adapted: bool  # host: some row may have an adapter
     tile_rows: int
-    transformed: bool = False  # host: some row may have its base's input or output changed
+    transforms: Transforms = NO_TRANSFORMS  # host: where some row may have its base's input or output changed
     deltas: bool = False  # host: some row may have a dense or sparse change of the base's weight
     hidden: bool = False  # host: some row may have an activation, or a part at a hidden state
+
+    def turned(self, site: int, sites: int = 1) -> bool:
+        """Whether some row may have its base's input changed at one of these neighbouring sites."""
+        return not self.transforms.inputs.isdisjoint(range(site, site + sites))
+
+    def scaled(self, site: int, sites: int = 1) -> bool:
+        """The same of the base's output."""
+        return not self.transforms.outputs.isdisjoint(range(site, site + sites))

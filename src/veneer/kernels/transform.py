@@ -13,6 +13,8 @@ As in kernels/low_rank.py the Triton path never synchronizes, and its programs l
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 
 from veneer.kernels.backend import launch_options, resolve
@@ -29,15 +31,18 @@ from veneer.kernels.tables import (
 )
 
 
-def transform_input(x: torch.Tensor, tables: AdapterTables, tiles: RowTiles, site: int) -> torch.Tensor:
-    """x' [rows, in], a new tensor; rows whose adapter leaves x alone, or without one, are copied.
+def transform_input(
+    x: torch.Tensor, tables: AdapterTables, tiles: RowTiles, site: int, sites: int = 1
+) -> torch.Tensor:
+    """x' [sites, rows, in] of each of `sites` neighbouring sites from `site` on, a new tensor. One launch.
 
-    x: [rows, in], contiguous, of the arena's dtype. Raises ValueError otherwise.
+    Rows whose adapter leaves x alone, or without one, are copied. x: [rows, in], contiguous, of the arena's
+    dtype. Raises ValueError otherwise.
     """
     if x.dtype != tables.arena.dtype or x.ndim != 2 or not x.is_contiguous():
         raise ValueError(f"x is {x.dtype} {list(x.shape)}; it must be {tables.arena.dtype}, contiguous rows")
     run = transform_input_triton if resolve(x.device).name == "triton" else transform_input_torch
-    return run(x, tables, tiles, site)
+    return run(x, tables, tiles, site, sites)
 
 
 def transform_output(y: torch.Tensor, tables: AdapterTables, tiles: RowTiles, site: int) -> None:
@@ -53,19 +58,21 @@ def transform_output(y: torch.Tensor, tables: AdapterTables, tiles: RowTiles, si
     run(y, tables, tiles, site)
 
 
-def transform_input_torch(x: torch.Tensor, tables: AdapterTables, tiles: RowTiles, site: int) -> torch.Tensor:
+def transform_input_torch(
+    x: torch.Tensor, tables: AdapterTables, tiles: RowTiles, site: int, sites: int = 1
+) -> torch.Tensor:
     """Reference of `transform_input`, and what CPU serving runs."""
-    out, features = x.clone(), x.shape[1]
-    for slot, start, stop in tiles.segments:
+    out, features = x.repeat(sites, 1, 1), x.shape[1]
+    for index, (slot, start, stop) in product(range(sites), tiles.segments):
         if slot == BASE_SLOT:
             continue
-        entry = tables.entries_host[slot, site].tolist()
+        entry = tables.entries_host[slot, site + index].tolist()
         offset, block = entry[IN_OFFSET], entry[IN_BLOCK]
         if offset == ABSENT:
             continue
         turn = tables.arena[offset : offset + features * block].view(-1, block, block).float()
         blocks = x[start:stop].float().view(stop - start, -1, block).transpose(0, 1)
-        out[start:stop] = torch.baddbmm(blocks, blocks, turn).transpose(0, 1).flatten(1)
+        out[index, start:stop] = torch.baddbmm(blocks, blocks, turn).transpose(0, 1).flatten(1)
     return out
 
 
@@ -89,19 +96,20 @@ def transform_output_torch(y: torch.Tensor, tables: AdapterTables, tiles: RowTil
 
 
 def transform_input_triton(
-    x: torch.Tensor, tables: AdapterTables, tiles: RowTiles, site: int
+    x: torch.Tensor, tables: AdapterTables, tiles: RowTiles, site: int, sites: int = 1
 ) -> torch.Tensor:
-    """`transform_input` in Triton: a program has a block of columns of one tile of rows."""
+    """`transform_input` in Triton: a program has a block of columns of one tile of rows for one site."""
     from veneer.kernels.jit import transform as jit
 
     rows, features = x.shape
-    out = torch.empty_like(x)
+    out = torch.empty(sites, rows, features, dtype=x.dtype, device=x.device)
     if rows:
-        block_n, capacity = 64, tiles.tiles.shape[0]
-        jit.transform_input[(min(capacity * -(-features // block_n), PROGRAMS),)](
-            x, out, tables.arena, tables.entries, tiles.tiles, tiles.used, site, capacity, features,
-            tables.entries.stride(0), BLOCK_M=tiles.tile_rows, BLOCK_N=block_n, BLOCK_K=64,
-            num_warps=4, **launch_options(x.device),
+        decode, capacity = tiles.tile_rows <= DECODE_TILE, tiles.tiles.shape[0]
+        block = 32 if decode else 64
+        jit.transform_input[(min(capacity * sites * -(-features // block), PROGRAMS),)](
+            x, out, tables.arena, tables.entries, tiles.tiles, tiles.used, site, rows, capacity, features,
+            tables.entries.stride(0), SITES=sites, BLOCK_M=tiles.tile_rows, BLOCK_N=block, BLOCK_K=block,
+            num_warps=2 if decode else 4, **launch_options(x.device),
         )  # fmt: skip
     return out
 

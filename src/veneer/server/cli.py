@@ -146,7 +146,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         "--cuda-graphs",
         choices=("decode", "all"),
         default="decode",
-        help="which steps; all: also those with prompt chunks, and adapters that rotate or scale (%(default)s)",
+        help="which steps; all: also those with prompt chunks, or dense or sparse changes (%(default)s)",
     )
     base.add_argument("--threads", type=positive, help="CPU threads of the engine")
 

@@ -12,6 +12,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.language.standard import _sum_combine
 
 from veneer.kernels.jit.low_rank import ENTRY, load_tile
+from veneer.kernels.jit.transform import OUT_COLUMN, PAIR_COLUMN, load_transform
 
 
 @triton.jit
@@ -68,6 +69,49 @@ def sum_parts(
         total = tl.reduce(totals, 0, _sum_combine)
     if HAS_BIAS:
         total += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[:, None]
+    return total
+
+
+@triton.jit
+def find_change(entries, slot, slot_stride, site, SCALED: tl.constexpr):
+    """(offset of the scale or -1, pair) of an adapter at a site; (-1, 0) for the base."""
+    found = (-1, 0)
+    if SCALED:
+        found = load_transform(entries, slot, slot_stride, site, OUT_COLUMN, PAIR_COLUMN)
+    return found
+
+
+@triton.jit
+def change_total(
+    total, change, arena, parts, row, live, n, first, inside, width, count, part_size, part_stride, bias,
+    PARTS: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """scale total + cross (partner's total); n are columns of a site that begins at column `first` of the parts.
+
+    The partner's parts are added up a second time: another program may have them.
+    """
+    offset, pair = change
+    if offset >= 0:
+        scale = arena + offset
+        factor = tl.load(scale + n, mask=inside, other=0.0).to(tl.float32)[:, None]
+        changed = total + total * factor
+        if pair > 0:
+            partner = tl.where(n % pair < pair // 2, n + pair // 2, n - pair // 2)
+            other = sum_parts(
+                parts,
+                row,
+                live,
+                first + partner,
+                inside,
+                count,
+                part_size,
+                part_stride,
+                bias,
+                PARTS,
+                HAS_BIAS,
+            )
+            changed += other * tl.load(scale + width + n, mask=inside, other=0.0).to(tl.float32)[:, None]
+        total = changed
     return total
 
 
@@ -160,6 +204,7 @@ def add_update(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ADAPTED: tl.constexpr,
+    SCALED: tl.constexpr,  # some row's adapter may change the base's output
     IN_PLACE: tl.constexpr,  # out is parts, and there is nothing else to add: tiles of the base are skipped
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # of each of the two blocks of columns
@@ -176,8 +221,9 @@ def add_update(
     slot, first, rows = find_tile(tiles, pid // blocks, capacity, tile_count, rows_total, ADAPTED, BLOCK_M)
     plane_size = rows_total.to(tl.int64) * rank_stride
     ahead_entry = find_entry(entries, slot, slot_stride, site, ADAPTED)
+    ahead_change = find_change(entries, slot, slot_stride, site, SCALED)
     for item in range(pid, tile_count * blocks, step):
-        entry = ahead_entry
+        entry, change = ahead_entry, ahead_change
         row = first.to(tl.int64) + tl.arange(0, BLOCK_M)
         if IN_PLACE:
             rows = tl.where((entry[1] >= 0) | (entry[2] > 0), rows, 0)
@@ -186,6 +232,7 @@ def add_update(
             tiles, (item + step) // blocks, capacity, tile_count, rows_total, ADAPTED, BLOCK_M
         )
         ahead_entry = find_entry(entries, slot, slot_stride, site, ADAPTED)
+        ahead_change = find_change(entries, slot, slot_stride, site, SCALED)
         n_left = item % blocks * (2 * BLOCK_N) + tl.arange(0, BLOCK_N)
         n_right = n_left + BLOCK_N
         inside_left = n_left < out_features
@@ -196,6 +243,15 @@ def add_update(
         right = sum_parts(
             parts, row, live, n_right, inside_right, count, part_size, part_stride, bias, PARTS, HAS_BIAS
         )
+        if SCALED:
+            left = change_total(
+                left, change, arena, parts, row, live, n_left, 0, inside_left, out_features, count,
+                part_size, part_stride, bias, PARTS, HAS_BIAS,
+            )  # fmt: skip
+            right = change_total(
+                right, change, arena, parts, row, live, n_right, 0, inside_right, out_features, count,
+                part_size, part_stride, bias, PARTS, HAS_BIAS,
+            )  # fmt: skip
         if ADAPTED:
             left, right = expand(
                 left, right, arena, planes, entry, entry, None, row, live, n_left, n_right,
@@ -257,6 +313,7 @@ def gated(
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ADAPTED: tl.constexpr,
+    SCALED: tl.constexpr,  # some row's adapter may change the base's output
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -273,8 +330,11 @@ def gated(
     plane_size = rows_total.to(tl.int64) * rank_stride
     ahead_entry = find_entry(entries, slot, slot_stride, site, ADAPTED)
     ahead_up = find_entry(entries, slot, slot_stride, site + SITES - 1, ADAPTED)
+    ahead_change = find_change(entries, slot, slot_stride, site, SCALED)
+    ahead_change_up = find_change(entries, slot, slot_stride, site + SITES - 1, SCALED)
     for item in range(pid, tile_count * blocks, step):
         entry, entry_up = ahead_entry, ahead_up
+        change, change_up = ahead_change, ahead_change_up
         row = first.to(tl.int64) + tl.arange(0, BLOCK_M)
         live = tl.arange(0, BLOCK_M) < rows
         slot, first, rows = find_tile(
@@ -282,12 +342,24 @@ def gated(
         )
         ahead_entry = find_entry(entries, slot, slot_stride, site, ADAPTED)
         ahead_up = find_entry(entries, slot, slot_stride, site + SITES - 1, ADAPTED)
+        ahead_change = find_change(entries, slot, slot_stride, site, SCALED)
+        ahead_change_up = find_change(entries, slot, slot_stride, site + SITES - 1, SCALED)
         n = item % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = n < half
         gate = sum_parts(parts, row, live, n, inside, count, part_size, part_stride, bias, PARTS, HAS_BIAS)
         up = sum_parts(
             parts, row, live, n + half, inside, count, part_size, part_stride, bias, PARTS, HAS_BIAS
         )
+        if SCALED:
+            FIRST: tl.constexpr = SITES - 1  # whether up is a site of its own, which begins at `half`
+            gate = change_total(
+                gate, change, arena, parts, row, live, n, 0, inside, (2 - FIRST) * half, count,
+                part_size, part_stride, bias, PARTS, HAS_BIAS,
+            )  # fmt: skip
+            up = change_total(
+                up, change_up, arena, parts, row, live, n + (1 - FIRST) * half, FIRST * half, inside,
+                (2 - FIRST) * half, count, part_size, part_stride, bias, PARTS, HAS_BIAS,
+            )  # fmt: skip
         if ADAPTED:
             if SITES == 2:
                 gate, up = expand(
@@ -363,6 +435,7 @@ def rope(
     HAS_Q_NORM: tl.constexpr,
     HAS_K_NORM: tl.constexpr,
     ADAPTED: tl.constexpr,
+    SCALED: tl.constexpr,  # some row's adapter may change the base's output
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # half of HEAD_DIM, rounded up to a power of two
     BLOCK_R: tl.constexpr,
@@ -380,11 +453,11 @@ def rope(
     plane_size = rows_total.to(tl.int64) * rank_stride
     d = tl.arange(0, BLOCK_N)
     inside = d < HALF
-    ahead_entry = find_entry(
-        entries, slot, slot_stride, site + member_of(pid % BLOCKS, SITES, HEADS, KV_HEADS), ADAPTED
-    )
+    ahead_member = member_of(pid % BLOCKS, SITES, HEADS, KV_HEADS)
+    ahead_entry = find_entry(entries, slot, slot_stride, site + ahead_member, ADAPTED)
+    ahead_change = find_change(entries, slot, slot_stride, site + ahead_member, SCALED)
     for item in range(pid, tile_count * BLOCKS, step):
-        entry = ahead_entry
+        entry, change = ahead_entry, ahead_change
         block = item % BLOCKS
         is_q = block < HEADS
         is_k = (block >= HEADS) & (block < HEADS + KV_HEADS)
@@ -397,6 +470,7 @@ def rope(
         )
         ahead_member = member_of((item + step) % BLOCKS, SITES, HEADS, KV_HEADS)
         ahead_entry = find_entry(entries, slot, slot_stride, site + ahead_member, ADAPTED)
+        ahead_change = find_change(entries, slot, slot_stride, site + ahead_member, SCALED)
         mask = live[None, :] & inside[:, None]
         column = block * HEAD_DIM + d
         left = sum_parts(
@@ -405,9 +479,20 @@ def rope(
         right = sum_parts(
             parts, row, live, column + HALF, inside, count, part_size, part_stride, bias, PARTS, HAS_BIAS
         )
+        # column of the site, and how many it has
+        n = (head if SITES == 3 else block) * HEAD_DIM + d
+        width = tl.where(is_q, HEADS, KV_HEADS) * HEAD_DIM if SITES == 3 else BLOCKS * HEAD_DIM
+        if SCALED:
+            start = (block - head) * HEAD_DIM if SITES == 3 else 0
+            left = change_total(
+                left, change, arena, parts, row, live, n, start, inside, width, count,
+                part_size, part_stride, bias, PARTS, HAS_BIAS,
+            )  # fmt: skip
+            right = change_total(
+                right, change, arena, parts, row, live, n + HALF, start, inside, width, count,
+                part_size, part_stride, bias, PARTS, HAS_BIAS,
+            )  # fmt: skip
         if ADAPTED:
-            n = (head if SITES == 3 else block) * HEAD_DIM + d
-            width = tl.where(is_q, HEADS, KV_HEADS) * HEAD_DIM if SITES == 3 else BLOCKS * HEAD_DIM
             left, right = expand(
                 left, right, arena, planes + member * SPLITS * plane_size, entry, entry, None, row, live,
                 n, n + HALF, inside, inside, width, plane_size, rank_stride, SPLITS, BLOCK_R,

@@ -157,9 +157,9 @@ def copy_x(x_rows, live, column, ring, slot, pair, last, in_features, EVEN: gl.c
     async_copy.commit_group()
 
 
-@gluon.jit(do_not_specialize=["rows", "split_pairs"])
+@gluon.jit(do_not_specialize=["rows", "split_pairs", "second", "third"])
 def matmul(
-    x,  # bf16 [rows, in]
+    x,  # bf16 [GROUPS, rows, in]
     packed,  # int32 [out / 64, pairs, 2, 128, 4]
     scales,  # int32 [out / 64, pairs, 64], two float16 each
     multiplier,  # of all scales
@@ -171,6 +171,9 @@ def matmul(
     out_features,
     pairs,  # of blocks of 64 columns
     split_pairs,
+    second,  # tile of 64 output features at which the second group begins, with GROUPS > 1
+    third,  # and the third
+    GROUPS: gl.constexpr,  # of output features, each with an x of its own
     TILES: gl.constexpr,  # of 64 output features
     BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,  # pairs of blocks of x in shared memory
@@ -220,6 +223,11 @@ def matmul(
     column = gl.arange(0, 64, gl.SliceLayout(0, x_layout))
     x_row = first_row + gl.arange(0, BLOCK_M, gl.SliceLayout(1, x_layout))
     x_rows = x + x_row.to(gl.int64)[:, None] * in_features + column[None, :]
+    if GROUPS > 1:
+        group = (tile >= second).to(gl.int32)
+        if GROUPS > 2:
+            group += (tile >= third).to(gl.int32)
+        x_rows += group.to(gl.int64) * rows * in_features
     live = (x_row < rows)[:, None]
     for stage in gl.static_range(STAGES - 1):
         copy_x(x_rows, live, column, ring, stage, first + stage, last, in_features, EVEN)

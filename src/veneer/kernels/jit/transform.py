@@ -21,24 +21,28 @@ def load_transform(entries, slot, slot_stride, site, OFFSET: tl.constexpr, SIZE:
     return tl.load(entry + OFFSET, mask=slot >= 0, other=-1), size.to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["site", "capacity"], do_not_specialize_on_alignment=["tiles", "used"])
+@triton.jit(
+    do_not_specialize=["site", "rows_total", "capacity"], do_not_specialize_on_alignment=["tiles", "used"]
+)
 def transform_input(
-    x,  # [rows, features]
-    out,  # the same
+    x,  # [rows_total, features]
+    out,  # [SITES, rows_total, features]
     arena,
     entries,  # int64 [slots, sites, ENTRY]
     tiles,  # int32 [capacity, 3]
     used,  # int32 [1]
-    site,
+    site,  # the first
+    rows_total,
     capacity,
     features,
     slot_stride,  # elements of `entries` from slot to slot
+    SITES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """out = x + x D with D = R - I block diagonal; only the columns that share a block with ours are read.
+    """out[s] = x + x D with D = R - I of site + s, block diagonal: only columns that share a block are read.
 
     Tiles are computed transposed, columns x rows: a matrix unit takes as few as eight rows that way.
     """
@@ -47,9 +51,10 @@ def transform_input(
         gdc_launch_dependents()
     blocks = (features + BLOCK_N - 1) // BLOCK_N
     count = tl.load(used)
-    for item in range(tl.program_id(0), count * blocks, tl.num_programs(0)):
-        slot, first, rows = load_tile(tiles, item // blocks, capacity, count)
-        offset, block = load_transform(entries, slot, slot_stride, site, IN_COLUMN, BLOCK_COLUMN)
+    for item in range(tl.program_id(0), count * (SITES * blocks), tl.num_programs(0)):
+        slot, first, rows = load_tile(tiles, item // (SITES * blocks), capacity, count)
+        member = item // blocks % SITES
+        offset, block = load_transform(entries, slot, slot_stride, site + member, IN_COLUMN, BLOCK_COLUMN)
         row = first.to(tl.int64) + tl.arange(0, BLOCK_M)
         live = tl.arange(0, BLOCK_M) < rows
         left = item % blocks * BLOCK_N
@@ -58,7 +63,10 @@ def transform_input(
         place = row[None, :] * features + n[:, None]
         mask = live[None, :] & inside[:, None]
         total = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
-        if offset >= 0:
+        if block == 1:
+            scale = tl.load(arena + offset + n, mask=inside, other=0.0).to(tl.float32)
+            total += total * scale[:, None]
+        elif block > 1:
             turn = arena + offset
             group = n // block
             column = group * block * block + n % block
@@ -73,7 +81,8 @@ def transform_input(
                     other=0.0,
                 )
                 total = tl.dot(d, part, total, input_precision="ieee")
-        tl.store(out + place, total.to(out.dtype.element_ty), mask=mask)
+        at = out + member.to(tl.int64) * rows_total * features
+        tl.store(at + place, total.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
