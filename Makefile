@@ -51,6 +51,7 @@ bench: $(INSTALLED)
 bench-gpu: $(INSTALLED)
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.decode --peers
+	$(BIN)/python -m benchmarks.kinds
 	$(BIN)/python -m benchmarks.ready
 	$(BIN)/python -m benchmarks.serving
 	$(BIN)/python -m benchmarks.churn

@@ -35,14 +35,16 @@ WARM, COOL = 5, 2  # steps left out at the ends
 PREFILL = 4  # prompts, and adapters
 
 
-def submit(engine: Engine, batch: int, adapters: int, prompt: int, output: int) -> None:
+def submit(engine: Engine, batch: int, adapters: int | Sequence[int], prompt: int, output: int) -> None:
+    """So many requests that take turns on so many adapters, or on these; on the base when there are none."""
     name, vocabulary = f"r{time.monotonic()}", engine.base.config.vocab_size
+    chosen = range(adapters) if isinstance(adapters, int) else adapters
     for index in range(batch):
-        adapter = index % adapters if adapters else None
+        adapter = chosen[index % len(chosen)] if chosen else None
         engine.handle(generate(name, index, vocabulary, prompt, output, adapter))
 
 
-def arrivals(engine: Engine, batch: int, adapters: int, output: int) -> list[float]:
+def arrivals(engine: Engine, batch: int, adapters: int | Sequence[int], output: int) -> list[float]:
     """When the tokens of each step came in which the whole batch decodes, in seconds."""
     submit(engine, batch, adapters, PROMPT, output)
     times = []
@@ -52,14 +54,18 @@ def arrivals(engine: Engine, batch: int, adapters: int, output: int) -> list[flo
     return times[WARM:-COOL]
 
 
+def step_times(times: Sequence[float]) -> list[float]:
+    """Microseconds of a step: the time between two arrivals a window apart, over the window."""
+    window = min(WINDOW, len(times) - 1)
+    return [(b - a) / window * 1e6 for a, b in zip(times, times[window:], strict=False)]
+
+
 def decode_row(engine: Engine, case: str, output: int, ceilings: Ceilings) -> Row:
     adapters, batch = map(int, case.split("/"))
     arrivals(engine, batch, adapters, WARM + COOL + 2)  # loads the adapters
     times = arrivals(engine, batch, adapters, output)
-    window = min(WINDOW, len(times) - 1)
-    steps = [(b - a) / window * 1e6 for a, b in zip(times, times[window:], strict=False)]
     single = sorted((b - a) * 1e6 for a, b in pairwise(times))
-    ours = statistics.median(steps)
+    ours = statistics.median(step_times(times))
     floor = ceilings.floor(step_bytes(engine.base, batch, adapters, PROMPT + output // 2))
     extra = {"p90_us": single[int(0.9 * len(single))], "tokens_per_s": batch / ours * 1e6}
     print(f"decode {case:6} {ours / 1e3:7.2f} ms  {extra['tokens_per_s']:8.0f} tok/s")

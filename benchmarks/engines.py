@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.models import KV_TOKENS, POSITIONS, RANK, adapter_bytes, kv_token_bytes, random_program
+from benchmarks.models import KV_TOKENS, POSITIONS, adapter_bytes, kv_token_bytes, random_program
 
-from veneer.adapters.packing import pack
+from veneer.adapters.packing import pack, packed_size
+from veneer.adapters.program import Program
 from veneer.engine.base import Base
 from veneer.engine.config import EngineConfig
 from veneer.engine.engine import Engine
@@ -19,6 +20,11 @@ def digest(index: int) -> str:
     return f"{index:064x}"
 
 
+def program_bytes(base: Base, program: Program) -> int:
+    """What the adapter takes on the device."""
+    return packed_size(program, base.dtype.itemsize) * base.dtype.itemsize
+
+
 def random_engine(
     store: Path,
     base: Base,
@@ -27,45 +33,50 @@ def random_engine(
     slots: int,
     batch: int = 64,
     wake: Callable[[], None] = lambda: None,
+    programs: Sequence[Program] = (),
+    spare: int = 0,
 ) -> Engine:
-    """An engine on a random base that finds `adapters` digests, all with the content of one random adapter.
+    """An engine on a random base that finds `adapters` digests.
 
-    Each is packed into host memory of its own when it is first asked for, and copied to one of `slots` slots.
+    Their contents are `programs` in turn, or one random LoRA. Each is packed into host memory of its own when it
+    is first asked for, and copied to one of `slots` slots; the arena has room for `spare` of the largest more.
     """
     for index in range(adapters):
         (store / "blobs" / digest(index)).mkdir(parents=True, exist_ok=True)
-    program = random_program(base)
-    config = base.config, base.dtype.itemsize
-    size = adapter_bytes(*config)
+    programs = programs or [random_program(base)]
+    size = max(program_bytes(base, program) for program in programs)
     return Engine(
         EngineConfig(
             model="",
             store=str(store),
             max_loras=slots,
-            max_lora_rank=RANK,
+            max_lora_rank=max(program.rank for program in programs),
             max_num_seqs=batch,
-            adapter_memory=slots * size,
+            adapter_memory=(slots + spare) * size,
             host_adapter_memory=adapters * 2 * size + (1 << 30),  # pinned memory comes in powers of two
-            kv_cache_memory=KV_TOKENS * kv_token_bytes(*config),
+            kv_cache_memory=KV_TOKENS * kv_token_bytes(base.config, base.dtype.itemsize),
             prefix_caching=False,
             max_model_len=POSITIONS // 2,
         ),
         wake=wake,
         base=base,
-        load=lambda folder: program,
+        load=lambda folder: programs[int(folder.name, 16) % len(programs)],
     )
 
 
-def share_host_memory(engine: Engine, adapters: int, copies: int) -> None:
+def share_host_memory(
+    engine: Engine, adapters: int, copies: int = 1, programs: Sequence[Program] = ()
+) -> None:
     """Put digests 0 to `adapters` into the host cache, backed by only `copies` pieces of host memory.
 
-    The cache counts each digest in full and must have room for that; a copy to the device reads what it would.
+    With `programs`, those of the engine, it is one piece of each. The cache counts each digest in full and must
+    have room for that; a copy to the device reads what it would.
     """
     base, cache = engine.base, engine.residency._loader.cache
-    program, pin = random_program(base), base.device.type == "cuda"
-    packed = [pack(program, list(base.sites.values()), base.dtype, pin) for _ in range(copies)]
+    contents, pin = programs or [random_program(base)] * copies, base.device.type == "cuda"
+    packed = [pack(program, list(base.sites.values()), base.dtype, pin) for program in contents]
     for index in range(adapters):
-        cache.put(digest(index), packed[index % copies])
+        cache.put(digest(index), packed[index % len(packed)])
 
 
 def step_bytes(base: Base, batch: int, adapters: float, context: int) -> float:

@@ -48,6 +48,21 @@ def test_decode_with_peers(tmp_path: Path) -> None:
     assert step["tokens_per_s"] == pytest.approx(4e6 / step["ours_us"])
 
 
+def test_kinds(tmp_path: Path) -> None:
+    found = rows(
+        report(tmp_path, "kinds", "--batch", "8", "--tokens", "24", "--rounds", "1", "--layers", "1")
+    )
+    kinds = ("dora", "ia3", "oft32", "road", "vera256", "prefix", "prompt", "mixed8")
+    assert list(found) == [("kinds", kind) for kind in kinds]
+    for row in found.values():
+        assert row["ratio"] == pytest.approx(row["ours_us"] / row["peers"]["lora"])
+    features = {"q_proj": 256, "k_proj": 128, "v_proj": 128, "o_proj": 256, "gate_proj": 512, "up_proj": 512}
+    outputs = sum(features.values()) + 256
+    assert found["kinds", "road"]["adapter_bytes"] == 2 * outputs * 4  # scales and crosses, float32
+    assert found["kinds", "ia3"]["adapter_bytes"] == (128 + 128 + 512) * 4
+    assert found["kinds", "prefix"]["adapter_bytes"] == 2 * 16 * 2 * 64 * 4  # tokens, heads, head_dim
+
+
 def test_churn(tmp_path: Path) -> None:
     sizes = ("--adapters", "12", "--slots", "4", "--in-flight", "4", "--requests", "14", "--tokens", "6")
     (row,) = report(tmp_path, "churn", *sizes, "--rounds", "1")["rows"]

@@ -398,7 +398,9 @@ def test_groups_have_inputs_of_their_own(
     found = run(x, pack_nf4(codes), widths)
     assert found.shape[1:] == (rows, sum(widths))
     starts = [sum(widths[:group]) for group in range(len(widths))]
-    for each, start, width, columns in zip(x, starts, widths, found.split(widths, -1), strict=True):
+    for each, start, width, columns in zip(
+        x, starts, widths, torch.split(found, list(widths), -1), strict=True
+    ):
         part = Nf4Codes(codes.codes[start : start + width], codes.absmax[start : start + width])
         rounding = 4e-3 if CUDA else 1e-6
         assert_close(columns.double().sum(0), each, pack_nf4(part), None, rounding, 8 * rounding)

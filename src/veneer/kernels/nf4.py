@@ -129,7 +129,7 @@ def nf4_grouped(x: torch.Tensor, weight: Nf4Weight, widths: Sequence[int]) -> to
 
 def nf4_grouped_torch(x: torch.Tensor, weight: Nf4Weight, widths: Sequence[int]) -> torch.Tensor:
     """Reference of `nf4_grouped`: dequantized and multiplied in float32, rounded to x's type once."""
-    matrices = unpack_nf4(weight, torch.float32).split(list(widths))
+    matrices = torch.split(unpack_nf4(weight, torch.float32), list(widths))
     columns = [rows.float() @ matrix.T for rows, matrix in zip(x, matrices, strict=True)]
     return torch.cat(columns, -1).to(x.dtype).unsqueeze(0)
 
@@ -145,11 +145,11 @@ def nf4_grouped_triton(
         y = torch.empty(rows, weight.out_features, dtype=x.dtype, device=x.device)
         dense = _scratch(x[0], weight, None)
         dequantize_nf4(weight, dense)
-        for group, part in enumerate(dense.split(list(widths))):
+        for group, part in enumerate(torch.split(dense, list(widths))):
             torch.mm(x[group], part.T, out=y[:, starts[group] : starts[group] + widths[group]])
         return y.unsqueeze(0)
     if any(start % (TILE_ROWS * sizes.tiles) for start in starts):  # the whole product for each
-        wholes = [nf4_planes(each, weight, sizes).split(list(widths), -1) for each in x]
+        wholes = [torch.split(nf4_planes(each, weight, sizes), list(widths), -1) for each in x]
         return torch.cat([whole[group] for group, whole in enumerate(wholes)], -1)
     planes = torch.empty(sizes.splits, rows, weight.out_features, dtype=torch.float32, device=x.device)
     if not x.is_contiguous():
