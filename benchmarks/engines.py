@@ -60,7 +60,7 @@ def random_engine(
         ),
         wake=wake,
         base=base,
-        load=lambda folder: programs[int(folder.name, 16) % len(programs)],
+        load=lambda folder, task: programs[int(folder.name, 16) % len(programs)],
     )
 
 

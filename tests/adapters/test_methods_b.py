@@ -293,9 +293,7 @@ def test_defaults_are_pefts(kind: str) -> None:
 def test_refused_fields_are_named(kind: str, make: Make, base: Any) -> None:
     saved = make(kind)
     for field, refused in METHODS[kind][0].REFUSED.items():
-        value = {"n_tasks": 2, "sample_at_inference": True, "bias": "all", "task_type": "SEQ_CLS"}.get(
-            field, [1]
-        )
+        value = {"sample_at_inference": True, "bias": "all", "task_type": "SEQ_CLS"}.get(field, [1])
         saved.edit_config(**{field: value})
         message = refusal(saved, base)
         assert f"{field} = {json.dumps(value)}: {refused.reason}" in message
@@ -332,6 +330,9 @@ def test_unknown_fields_are_refused_by_name(kind: str, make: Make, base: Any) ->
         ("POLY", {"n_splits": 3}, "must divide the widths 64 and 64"),
         ("POLY", {"n_splits": 0}, "Expected `int` >= 1"),
         ("POLY", {"n_skills": 0}, "Expected `int` >= 1"),
+        ("POLY", {"n_tasks": 0}, "from 1 to 256"),
+        ("POLY", {"n_tasks": 257}, "from 1 to 256"),
+        ("POLY", {"n_tasks": 2}, "the config and the base need [2, "),
         ("PEANUT", {"depth": -1}, "Expected `int` >= 0"),
         ("PEANUT", {"depth": 10**9}, "Expected `int` <= 64"),
         ("PEANUT", {"act_fn": "softmax"}, "must be one of gelu"),

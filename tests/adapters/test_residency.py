@@ -91,7 +91,7 @@ class Bench:
             **settings,  # type: ignore[arg-type]
         )
 
-    def _load(self, folder: Path) -> Program:
+    def _load(self, folder: Path, task: int) -> Program:
         self.loads.append(folder.name)
         if folder.name in self.held:
             self.reached.release()

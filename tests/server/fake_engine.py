@@ -5,7 +5,7 @@ an adapter moves the start by one. It ends with the end-of-sequence token after 
 message it gets is appended to `--log` as one JSON line. It imports no torch.
 
 An adapter's config steers its check: `refuse` is the message to refuse it with, `ineffective` refuses it unless
-that is allowed, `wait_for` is the path of a file without which the answer waits.
+that is allowed, `wait_for` is the path of a file without which the answer waits, `tasks` how many it has.
 """
 
 from __future__ import annotations
@@ -133,8 +133,13 @@ class FakeEngine:
                 self.adapters.discard(message.digest)
                 self.send(Done(call=message.call))
             case PinAdapter():
-                (self.pinned.add if message.pinned else self.pinned.discard)(message.digest)
-                self.send(Done(call=message.call))
+                self.send(Done(call=message.call, error=self.pin(message)))
+
+    def pin(self, message: PinAdapter) -> WireError | None:
+        if message.pinned and len(self.pinned | {message.key}) >= self.config.max_loras:
+            return WireError(409, "conflict", f"{len(self.pinned)} are pinned already")
+        (self.pinned.add if message.pinned else self.pinned.discard)(message.key)
+        return None
 
     def accept(self, message: Generate) -> None:
         if len(self.sequences) < self.config.max_queue:
@@ -154,7 +159,15 @@ class FakeEngine:
             self.send(AdapterChecked(call=message.call, error=error))
             return True
         base = config.get("base_model_name_or_path", "")
-        info = AdapterInfo(kind="lora", primitives=["low_rank"], rank=8, sites=1, bytes=1024, base_model=base)
+        info = AdapterInfo(
+            kind="lora",
+            primitives=["low_rank"],
+            rank=8,
+            sites=1,
+            bytes=1024,
+            base_model=base,
+            tasks=config.get("tasks", 0),
+        )
         self.adapters.add(message.digest)
         self.send(AdapterChecked(call=message.call, info=info))
         return True

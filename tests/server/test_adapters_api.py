@@ -121,7 +121,7 @@ def test_an_alias_serves_and_goes(fresh: Server) -> None:
 
 
 def pins(server: Server) -> list[tuple[str, bool]]:
-    return [(message["digest"], message["pinned"]) for message in server.received("PinAdapter")]
+    return [(message["key"], message["pinned"]) for message in server.received("PinAdapter")]
 
 
 def test_a_pin_follows_the_name(fresh: Server) -> None:

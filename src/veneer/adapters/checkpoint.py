@@ -49,13 +49,15 @@ class Checkpoint:
 
     Attributes:
         config: adapter_config.json, a JSON object.
+        task: which one is to be read, if the file has several.
         header: every tensor of the file by name.
 
     Raises:
         AdapterRefused: a file is missing, malformed, truncated or a pickle.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, task: int = 0) -> None:
+        self.task = task
         self._path = folder / WEIGHTS_FILE
         self.config: Mapping[str, Any] = read_config(folder / CONFIG_FILE)
         self.header: Mapping[str, TensorInfo] = read_header(_weights(folder))

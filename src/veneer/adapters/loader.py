@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from veneer.adapters.names import split_key
 from veneer.adapters.packing import Layout, PackedAdapter, pack, packed_size
 from veneer.adapters.program import Program, Site
 from veneer.adapters.slots import Place
@@ -33,7 +34,7 @@ PIECE = 1 << 21  # elements of one copy to the device
 
 
 class HostCache:
-    """Packed adapters in host memory, least recently used out first. Safe to use from any thread."""
+    """Packed adapters in host memory by their keys, least recently used out first. Safe to use from any thread."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget  # bytes
@@ -41,17 +42,17 @@ class HostCache:
         self._packed: OrderedDict[str, PackedAdapter] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, digest: str) -> PackedAdapter | None:
+    def get(self, key: str) -> PackedAdapter | None:
         with self._lock:
-            if digest in self._packed:
-                self._packed.move_to_end(digest)
-            return self._packed.get(digest)
+            if key in self._packed:
+                self._packed.move_to_end(key)
+            return self._packed.get(key)
 
-    def put(self, digest: str, packed: PackedAdapter) -> None:
+    def put(self, key: str, packed: PackedAdapter) -> None:
         """Keep an adapter even when it alone is over the budget; `trim` lets go of it after its copy."""
         with self._lock:
-            self._remove(digest)
-            self._packed[digest] = packed
+            self._remove(key)
+            self._packed[key] = packed
             self.bytes += packed.host_bytes
             self._trim(spare=1)
 
@@ -60,11 +61,11 @@ class HostCache:
         with self._lock:
             self._trim(spare=0)
 
-    def remove(self, digest: str) -> None:
+    def remove(self, key: str) -> None:
         with self._lock:
-            self._remove(digest)
+            self._remove(key)
 
-    def digests(self) -> frozenset[str]:
+    def keys(self) -> frozenset[str]:
         with self._lock:
             return frozenset(self._packed)
 
@@ -72,8 +73,8 @@ class HostCache:
         while self.bytes > self.budget and len(self._packed) > spare:
             self._remove(next(iter(self._packed)))
 
-    def _remove(self, digest: str) -> None:
-        packed = self._packed.pop(digest, None)
+    def _remove(self, key: str) -> None:
+        packed = self._packed.pop(key, None)
         if packed is not None:
             self.bytes -= packed.host_bytes
 
@@ -90,7 +91,7 @@ class Loader:
         max_lora_rank: int,
         host_budget: int,
         wake: Callable[[], None],
-        load: Callable[[Path], Program],
+        load: Callable[[Path, int], Program],
     ) -> None:
         self.cache = HostCache(host_budget)
         self._blobs = blobs
@@ -109,24 +110,24 @@ class Loader:
 
     # ---- called from the step's thread: each returns at once -------------------------------------
 
-    def check(self, folder: Path, digest: str) -> Future[Program]:
-        """Lower a folder and keep the result under the digest."""
-        return self._submit(READ, lambda: self._check(folder, digest), Future())
+    def check(self, folder: Path, key: str) -> Future[Program]:
+        """Lower a folder, for the task of the key, and keep the result under the key."""
+        return self._submit(READ, lambda: self._check(folder, key), Future())
 
-    def read(self, digest: str) -> Future[Layout]:
+    def read(self, key: str) -> Future[Layout]:
         """Bring an adapter into host memory."""
-        return self._submit(READ, lambda: self._packed(digest).layout, Future())
+        return self._submit(READ, lambda: self._packed(key).layout, Future())
 
-    def copy(self, digest: str, place: Place, after: torch.cuda.Event | None) -> Future[torch.Tensor]:
+    def copy(self, key: str, place: Place, after: torch.cuda.Event | None) -> Future[torch.Tensor]:
         """Write an adapter into its range of the arena, once `after` has passed on the compute stream.
 
         The result is the adapter's entries, int64 [sites, COLUMNS]; when it is there the copy has completed.
         """
-        return self._submit(COPY, lambda: self._copy(digest, place, after), Future())
+        return self._submit(COPY, lambda: self._copy(key, place, after), Future())
 
-    def forget(self, digest: str, future: Future[None]) -> None:
+    def forget(self, key: str, future: Future[None]) -> None:
         """Let go of an adapter, after the checks and reads that were asked for before; then end `future`."""
-        self._submit(READ, lambda: self._forget(digest), future)
+        self._submit(READ, lambda: self._forget(key), future)
 
     def close(self) -> None:
         """End the thread. Jobs not begun fail; one that hangs is left to its thread, which is a daemon."""
@@ -158,18 +159,20 @@ class Loader:
             with torch.no_grad():
                 _finish(future, work)
 
-    def _check(self, folder: Path, digest: str) -> Program:
-        program = self._load(folder)
-        self.cache.put(digest, self._pack(program, digest))
+    def _check(self, folder: Path, key: str) -> Program:
+        digest, task = split_key(key)
+        program = self._load(folder, task)
+        self.cache.put(key, self._pack(program, key))
         self._staged[digest] = folder
         self.cache.trim()
         return program
 
-    def _packed(self, digest: str) -> PackedAdapter:
-        packed = self.cache.get(digest)
+    def _packed(self, key: str) -> PackedAdapter:
+        packed = self.cache.get(key)
         if packed is None:
-            packed = self._pack(self._load(self._folder(digest)), digest)
-            self.cache.put(digest, packed)
+            digest, task = split_key(key)
+            packed = self._pack(self._load(self._folder(digest), task), key)
+            self.cache.put(key, packed)
         return packed
 
     def _folder(self, digest: str) -> Path:
@@ -182,23 +185,23 @@ class Loader:
             raise NotFound(f"adapter {digest} is not in the store; upload it again")
         return staged
 
-    def _pack(self, program: Program, digest: str) -> PackedAdapter:
+    def _pack(self, program: Program, key: str) -> PackedAdapter:
         if program.rank > self._max_lora_rank:
             raise AdapterRefused(
-                f"adapter {digest} has rank {program.rank} and --max-lora-rank is {self._max_lora_rank}; "
+                f"adapter {key} has rank {program.rank} and --max-lora-rank is {self._max_lora_rank}; "
                 "restart the server with a higher limit to serve it"
             )
         item = self._arena.dtype.itemsize
         size = packed_size(program, item)
         if size > self._arena.numel():
             raise AdapterRefused(
-                f"adapter {digest} needs {size * item} bytes on the device and --adapter-memory holds "
+                f"adapter {key} needs {size * item} bytes on the device and --adapter-memory holds "
                 f"{self._arena.numel() * item}; restart the server with more to serve it"
             )
         return pack(program, self._sites, self._arena.dtype, pin=self._arena.is_cuda)
 
-    def _copy(self, digest: str, place: Place, after: torch.cuda.Event | None) -> torch.Tensor:
-        packed = self._packed(digest)
+    def _copy(self, key: str, place: Place, after: torch.cuda.Event | None) -> torch.Tensor:
+        packed = self._packed(key)
         target = self._arena[place.start : place.start + place.size]
         if self._stream is None:
             target.copy_(packed.blob)
@@ -216,9 +219,9 @@ class Loader:
         self.cache.trim()
         return packed.entries_at(place.start)
 
-    def _forget(self, digest: str) -> None:
-        self.cache.remove(digest)
-        self._staged.pop(digest, None)
+    def _forget(self, key: str) -> None:
+        self.cache.remove(key)
+        self._staged.pop(split_key(key)[0], None)
 
 
 def _finish(future: Future[T], work: Callable[[], T]) -> None:

@@ -2,6 +2,7 @@
 
 Imports no torch: the HTTP process uses this file.
 
+    key           DIGEST | DIGEST/TASK        the engine's name of an adapter; /TASK for its second task and on
     name          [A-Za-z0-9][A-Za-z0-9._/-]*, at most 128 characters, no empty, "." or ".." between slashes
     model field   NAME | NAME@VERSION | BASE | BASE:NAME | BASE:NAME@VERSION      (BASE: the served name)
 """
@@ -37,6 +38,17 @@ class Selector(NamedTuple):
 
     name: str
     version: int | None = None  # None: the version the name points to now
+
+
+def adapter_key(digest: str, task: int = 0) -> str:
+    """What the engine calls one task of an adapter. Each task is placed, cached and counted by itself there."""
+    return f"{digest}/{task}" if task else digest
+
+
+def split_key(key: str) -> tuple[str, int]:
+    """Digest and task of a key. Most adapters know no tasks: what they are is their task 0."""
+    digest, _, task = key.partition("/")
+    return digest, int(task or 0)
 
 
 def is_name(text: str) -> bool:

@@ -228,6 +228,7 @@ class Program:
     portability: Portability = "independent"
     prompt: Prompt | None = None
     invocation: tuple[int, ...] = ()  # token ids; empty: it acts on every row
+    tasks: int = 0  # how many the file has; this is one of them. 0: it knows no tasks
 
     @property
     def rank(self) -> int:

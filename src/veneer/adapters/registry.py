@@ -101,13 +101,13 @@ REFUSED: Mapping[str, str] = {
 }
 
 
-def lower(folder: Path | str, base: Base, max_rank: int) -> Program:
-    """Check the adapter in `folder` against the base and lower it to primitives.
+def lower(folder: Path | str, base: Base, max_rank: int, task: int = 0) -> Program:
+    """Check the adapter in `folder` against the base and lower it to primitives: of a file with several tasks, one.
 
     Raises:
         AdapterRefused: the adapter cannot be served exactly as its files say.
     """
-    checkpoint = Checkpoint(Path(folder))
+    checkpoint = Checkpoint(Path(folder), task)
     kind = checkpoint.config.get("peft_type")
     method = METHODS.get(kind) if isinstance(kind, str) else None
     if isinstance(kind, str) and kind in REFUSED:

@@ -5,6 +5,8 @@ the loader's thread (loader.py), and `poll`, once per step, takes over what has 
 
     queued -> read to the host -> given a place, copied -> resident -> evicted, or dropped
 
+Adapters are told apart by their keys (names.py): each task of an adapter with tasks is one by itself here.
+
 Adapters are loaded in the order in which they were asked for. When the first one that is ready does not fit,
 those behind it wait too: otherwise a stream of small adapters could keep a large one out for ever.
 """
@@ -23,6 +25,7 @@ import torch
 
 from veneer.adapters.loader import Loader
 from veneer.adapters.methods.base import Base
+from veneer.adapters.names import split_key
 from veneer.adapters.packing import Layout
 from veneer.adapters.program import Program
 from veneer.adapters.slots import Place, Slots
@@ -48,7 +51,7 @@ class ResidentPrompt:
 class _Adapter:
     """What is known of one adapter."""
 
-    digest: str
+    key: str  # of names.py
     layout: Layout = UNKNOWN
     ready: bool = False  # queued, and the read has been done
     place: Place | None = None
@@ -86,7 +89,7 @@ class Residency:
         arena_bytes: int,
         host_bytes: int,
         wake: Callable[[], None],
-        load: Callable[[Path], Program],
+        load: Callable[[Path, int], Program],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Allocate the tables once. `load` lowers a folder; `wake` is called from the loader's thread."""
@@ -115,65 +118,65 @@ class Residency:
 
     # ---- for the scheduler ----------------------------------------------------------------------
 
-    def prefetch(self, digest: str) -> None:
+    def prefetch(self, key: str) -> None:
         """Ask for an adapter. Asking again for one that is queued changes nothing."""
-        adapter = self._adapters.setdefault(digest, _Adapter(digest))
+        adapter = self._adapters.setdefault(key, _Adapter(key))
         if adapter.place is not None:
-            self._placed.move_to_end(digest)
-        elif digest not in self._queue:
-            self._queue[digest] = adapter
-            packed = self._loader.cache.get(digest)
+            self._placed.move_to_end(key)
+        elif key not in self._queue:
+            self._queue[key] = adapter
+            packed = self._loader.cache.get(key)
             adapter.ready = packed is not None
             if packed is not None:
                 adapter.layout = packed.layout
             self._start_loads()
 
-    def acquire(self, digest: str) -> int | None:
+    def acquire(self, key: str) -> int | None:
         """Use an adapter: its slot, held until `release`. None while it is not loaded; it is asked for then."""
-        self.prefetch(digest)
-        adapter = self._adapters.get(digest)
+        self.prefetch(key)
+        adapter = self._adapters.get(key)
         if adapter is None or adapter.place is None or not adapter.is_resident:
             return None
         adapter.users += 1
         adapter.kept_until = 0.0
         return adapter.place.slot
 
-    def virtual_tokens(self, digest: str) -> int:
+    def virtual_tokens(self, key: str) -> int:
         """How many virtual tokens an acquired adapter has."""
-        prompt = self.prompt(digest)
+        prompt = self.prompt(key)
         return 0 if prompt is None else prompt.kv.shape[2]
 
-    def invocation(self, digest: str) -> tuple[int, ...]:
+    def invocation(self, key: str) -> tuple[int, ...]:
         """The tokens from which on an acquired adapter acts; none when it always does."""
-        return self._adapters[digest].layout.invocation
+        return self._adapters[key].layout.invocation
 
-    def prompt(self, digest: str) -> ResidentPrompt | None:
+    def prompt(self, key: str) -> ResidentPrompt | None:
         """The virtual tokens of an acquired adapter, if it has some. Valid until its last `release`."""
-        return self._adapters[digest].prompt
+        return self._adapters[key].prompt
 
-    def release(self, digest: str) -> None:
+    def release(self, key: str) -> None:
         """End one use. After the last, whoever waits longest may take the place at once."""
-        adapter = self._adapters[digest]
+        adapter = self._adapters[key]
         if not adapter.users:
-            raise ValueError(f"adapter {digest} was released more often than acquired")
+            raise ValueError(f"adapter {key} was released more often than acquired")
         adapter.users -= 1
         if not adapter.users:
-            self._placed.move_to_end(digest)
+            self._placed.move_to_end(key)
             self._finish_drop(adapter)
             self._start_loads()
 
-    def is_blocked(self, digest: str) -> bool:
+    def is_blocked(self, key: str) -> bool:
         """Whether running or pinned adapters must go before this one, or the first in line, can be loaded."""
-        adapter = self._adapters.get(digest)
+        adapter = self._adapters.get(key)
         if adapter is not None and adapter.place is not None:
             return False
         movable = [other for other in self._placed.values() if not other.users and not other.pinned]
         first = self._stuck.size if self._stuck else 0
         return not self._fits(max(first, adapter.size if adapter else 0), movable)
 
-    def is_pinned(self, digest: str) -> bool:
+    def is_pinned(self, key: str) -> bool:
         """Whether the adapter keeps its place whoever uses it."""
-        adapter = self._adapters.get(digest)
+        adapter = self._adapters.get(key)
         return adapter is not None and adapter.pinned
 
     # ---- for the engine -------------------------------------------------------------------------
@@ -190,53 +193,57 @@ class Residency:
         failures, self._failures = self._failures, []
         return failures
 
-    def check(self, folder: Path, digest: str) -> Future[Program]:
-        """Lower the adapter in `folder` and keep it on the host under `digest`. Fails with `VeneerError`s only.
+    def check(self, folder: Path, key: str) -> Future[Program]:
+        """Lower the adapter in `folder` and keep it on the host under `key`. Fails with `VeneerError`s only.
 
         Until the store has the adapter, it is read from `folder` if it must be read again.
         """
-        return self._loader.check(folder, digest)
+        return self._loader.check(folder, key)
 
-    def drop(self, digest: str) -> Future[None]:
+    def drop(self, key: str) -> Future[None]:
         """Forget an adapter on device and host once nobody uses it; done when that has happened."""
-        adapter = self._adapters.setdefault(digest, _Adapter(digest))
+        adapter = self._adapters.setdefault(key, _Adapter(key))
         adapter.pinned = False
         if adapter.drop is None:
             adapter.drop = Future()
         future = adapter.drop
-        self._queue.pop(digest, None)
+        self._queue.pop(key, None)
         self._finish_drop(adapter)
         self._start_loads()
         return future
 
-    def pin(self, digest: str, pinned: bool) -> None:
+    def pin(self, key: str, pinned: bool) -> None:
         """Load an adapter and keep it on the device, or stop keeping it. Raises `Conflict` at the limit."""
-        others = sum(adapter.pinned for adapter in self._adapters.values() if adapter.digest != digest)
+        others = sum(adapter.pinned for adapter in self._adapters.values() if adapter.key != key)
         if pinned and others >= self.max_loras - 1:
             raise Conflict(
-                f"adapter {digest} cannot be pinned: {others} are pinned and --max-loras {self.max_loras} "
+                f"adapter {key} cannot be pinned: {others} are pinned and --max-loras {self.max_loras} "
                 f"allows {self.max_loras - 1}, which leaves one slot to all others; unpin one or raise it"
             )
         if pinned:
-            self._adapters.setdefault(digest, _Adapter(digest)).pinned = True
-            self.prefetch(digest)
-        elif digest in self._adapters:
-            self._adapters[digest].pinned = False
+            self._adapters.setdefault(key, _Adapter(key)).pinned = True
+            self.prefetch(key)
+        elif key in self._adapters:
+            self._adapters[key].pinned = False
+
+    def keys(self, digest: str) -> list[str]:
+        """The keys of all tasks of an adapter of which anything is known, the first's among them."""
+        return [key for key in self.stats().keys() | {digest} if split_key(key)[0] == digest]
 
     def stats(self) -> dict[str, AdapterStats]:
         """Every adapter that is or was resident or asked for. `waiting` is for the scheduler to fill."""
-        on_host = self._loader.cache.digests()
+        on_host = self._loader.cache.keys()
         return {
-            digest: AdapterStats(
+            key: AdapterStats(
                 device=adapter.is_resident,
-                host=digest in on_host,
+                host=key in on_host,
                 pinned=adapter.pinned,
                 running=adapter.users,
                 loads=adapter.loads,
                 evictions=adapter.evictions,
             )
-            for digest in {*self._adapters, *on_host}
-            for adapter in (self._adapters.get(digest, _Adapter(digest)),)
+            for key in {*self._adapters, *on_host}
+            for adapter in (self._adapters.get(key, _Adapter(key)),)
         }
 
     @property
@@ -265,7 +272,7 @@ class Residency:
         self._stuck = None
         for adapter in list(islice(self._queue.values(), self.max_loras)):
             if adapter.job is None and not adapter.ready:
-                self._start(adapter, self._loader.read(adapter.digest))
+                self._start(adapter, self._loader.read(adapter.key))
             elif adapter.job is None and self._stuck is None and not self._place(adapter):
                 self._stuck = adapter
 
@@ -281,10 +288,10 @@ class Residency:
         for victim in victims:
             self._evict(victim)
             victim.evictions += 1
-        del self._queue[adapter.digest]
+        del self._queue[adapter.key]
         adapter.place = self._slots.take(adapter.size)
-        self._placed[adapter.digest] = adapter
-        self._start(adapter, self._loader.copy(adapter.digest, adapter.place, self._slots.launched()))
+        self._placed[adapter.key] = adapter
+        self._start(adapter, self._loader.copy(adapter.key, adapter.place, self._slots.launched()))
         return True
 
     def _victims(self, size: int) -> list[_Adapter] | None:
@@ -319,7 +326,7 @@ class Residency:
         self._fail(
             adapter,
             Conflict(
-                f"adapter {adapter.digest} needs {adapter.size * item} bytes in one piece on the device, and "
+                f"adapter {adapter.key} needs {adapter.size * item} bytes in one piece on the device, and "
                 f"pinned adapters hold {pinned * item} of --adapter-memory {self.arena_bytes}; "
                 "unpin some or restart the server with more"
             ),
@@ -354,17 +361,17 @@ class Residency:
 
     def _fail(self, adapter: _Adapter, error: VeneerError) -> None:
         """Report a failed load, once; a later request tries again."""
-        self._queue.pop(adapter.digest, None)
+        self._queue.pop(adapter.key, None)
         if adapter.drop is None:
-            self._failures.append((adapter.digest, error))
+            self._failures.append((adapter.key, error))
             if not adapter.loads and not adapter.pinned:
-                del self._adapters[adapter.digest]
+                del self._adapters[adapter.key]
 
     def _evict(self, adapter: _Adapter) -> None:
         assert adapter.place is not None
         self._slots.clear(adapter.place)
         adapter.place = adapter.prompt = None
-        del self._placed[adapter.digest]
+        del self._placed[adapter.key]
 
     def _finish_drop(self, adapter: _Adapter) -> None:
         """Forget a dropped adapter, unless somebody uses it or a job of it is under way."""
@@ -372,6 +379,6 @@ class Residency:
             return
         if adapter.place is not None:
             self._evict(adapter)
-        self._queue.pop(adapter.digest, None)
-        del self._adapters[adapter.digest]
-        self._loader.forget(adapter.digest, adapter.drop)
+        self._queue.pop(adapter.key, None)
+        del self._adapters[adapter.key]
+        self._loader.forget(adapter.key, adapter.drop)

@@ -109,6 +109,11 @@ class AdapterVersion:
         return self.config_bytes + self.weights_bytes
 
     @property
+    def tasks(self) -> int:
+        """How many tasks it has, of which a request names one; 0 when it knows none."""
+        return int(self.details.get("tasks", 0))
+
+    @property
     def served_name(self) -> str:
         """The name a request uses for it."""
         return self.alias.name if self.alias else self.name

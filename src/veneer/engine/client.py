@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple, Self
 
 import zmq.asyncio
 
+from veneer.adapters.names import split_key
 from veneer.engine.child import EngineChild
 from veneer.engine.config import EngineConfig
 from veneer.engine.messages import (
@@ -184,7 +185,9 @@ class EngineClient:
     def submit(
         self, sequences: Sequence[NewSequence], adapter: str | None, deadline: float | None
     ) -> Generation:
-        """Queue sequences in the engine. `adapter` is a digest (None: the base), `deadline` seconds from now.
+        """Queue sequences in the engine.
+
+        `adapter` is a key of adapters/names.py (None: the base), `deadline` is in seconds from now.
 
         Iterating the result raises the engine's error, EngineUnavailable when the engine dies, or
         DeadlineExceeded; this call raises EngineUnavailable when the engine is not ready.
@@ -220,18 +223,18 @@ class EngineClient:
         return reply.info
 
     async def drop_adapter(self, digest: str) -> None:
-        """Forget the adapter; returns once no sequence uses it."""
-        self._pinned.discard(digest)
+        """Forget the adapter with all its tasks; returns once no sequence uses it."""
+        self._pinned = {key for key in self._pinned if split_key(key)[0] != digest}
         await self._call(DropAdapter(call=self._call_id(), digest=digest))
 
-    async def pin_adapter(self, digest: str, pinned: bool = True) -> None:
+    async def pin_adapter(self, key: str, pinned: bool = True) -> None:
         """Keep the adapter on the device, or stop keeping it. Survives a restart of the engine."""
-        await self._call(PinAdapter(call=self._call_id(), digest=digest, pinned=pinned))
-        (self._pinned.add if pinned else self._pinned.discard)(digest)
+        await self._call(PinAdapter(call=self._call_id(), key=key, pinned=pinned))
+        (self._pinned.add if pinned else self._pinned.discard)(key)
 
     @property
     def pinned(self) -> frozenset[str]:
-        """Digests the engine was told to keep on the device."""
+        """Keys of adapters that the engine was told to keep on the device."""
         return frozenset(self._pinned)
 
     # ---- messages ---------------------------------------------------------------------------------
@@ -293,8 +296,8 @@ class EngineClient:
                     future.set_result(message)
             case Ready():
                 self.info = message.info
-                for digest in self._pinned:
-                    self._send(PinAdapter(call=self._call_id(), digest=digest, pinned=True))
+                for key in self._pinned:
+                    self._send(PinAdapter(call=self._call_id(), key=key, pinned=True))
                 if self.state == "starting":
                     self._set_state("ready")
 

@@ -21,19 +21,21 @@ import msgspec
 import torch
 
 from veneer.adapters.methods.base import Limits
+from veneer.adapters.names import split_key
 from veneer.adapters.program import Program
 from veneer.adapters.registry import lower
 from veneer.adapters.residency import Residency
 from veneer.engine import messages
 from veneer.engine.base import Base, load_base, resolve_device, resolve_dtype, resolve_nf4_kernels
+from veneer.engine.check import AdapterCheck
 from veneer.engine.config import GIB, EngineConfig
-from veneer.engine.messages import AdapterChecked, AdapterInfo, Done, SequenceOutput, WireError
+from veneer.engine.messages import AdapterChecked, Done, SequenceOutput, WireError
 from veneer.engine.pages import PagePool
-from veneer.engine.probe import EffectProbe, why_ineffective
+from veneer.engine.probe import EffectProbe
 from veneer.engine.runner import Launched, Runner, kv_page_bytes
 from veneer.engine.scheduler import Scheduler
 from veneer.engine.sequence import Sequence
-from veneer.errors import AdapterRefused, DeadlineExceeded, VeneerError
+from veneer.errors import DeadlineExceeded, VeneerError
 from veneer.kernels.backend import resolve
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,7 @@ class Engine:
         *,
         wake: Callable[[], None] = lambda: None,
         base: Base | None = None,
-        load: Callable[[Path], Program] | None = None,
+        load: Callable[[Path, int], Program] | None = None,
     ) -> None:
         """Load the base. `wake` is called from another thread when `step` has news to look at.
 
@@ -77,7 +79,7 @@ class Engine:
             arena_bytes=config.adapter_memory or _default_arena(device),
             host_bytes=config.host_adapter_memory or _default_host_cache(device),
             wake=wake,
-            load=load or (lambda folder: lower(folder, self.base, config.max_lora_rank)),
+            load=load or (lambda folder, task: lower(folder, self.base, config.max_lora_rank, task)),
         )
         num_pages = self._num_pages()
         self.max_model_len = self._max_model_len(num_pages)
@@ -113,8 +115,8 @@ class Engine:
         self._lookahead = device.type == "cuda" if config.lookahead is None else config.lookahead
         self._ahead: Launched | None = None  # the next step, on the device already
         self._probe = EffectProbe(self.base.model.config.vocab_size)
-        self._checks: dict[str, tuple[messages.CheckAdapter, Future[Program]]] = {}  # by call
-        self._drops: dict[str, Future[None]] = {}  # call -> drop
+        self._checks: dict[str, AdapterCheck] = {}  # by call
+        self._drops: dict[str, list[Future[None]]] = {}  # call -> the drops of its tasks
 
     def close(self) -> None:
         if self._ahead is not None:
@@ -132,13 +134,13 @@ class Engine:
                     self._submit(request)
                 case messages.Cancel(id=identifier):
                     self.scheduler.cancel(identifier)
-                case messages.CheckAdapter(call=call, folder=folder, digest=digest):
-                    self._checks[call] = (request, self.residency.check(Path(folder), digest))
+                case messages.CheckAdapter(call=call):
+                    self._checks[call] = AdapterCheck(request, self._probe, self.residency.check)
                 case messages.DropAdapter(call=call, digest=digest):
                     self.pool.forget(digest)
-                    self._drops[call] = self.residency.drop(digest)
-                case messages.PinAdapter(call=call, digest=digest, pinned=pinned):
-                    self.residency.pin(digest, pinned)
+                    self._drops[call] = [self.residency.drop(key) for key in self.residency.keys(digest)]
+                case messages.PinAdapter(call=call, key=key, pinned=pinned):
+                    self.residency.pin(key, pinned)
                     return [Done(call=call)]
                 case messages.Shutdown():
                     raise SystemExit(0)
@@ -254,47 +256,22 @@ class Engine:
     def _finished_calls(self) -> list[messages.Reply]:
         """Answers to checks and drops that ended since the last step."""
         replies: list[messages.Reply] = []
-        for call, (asked, future) in list(self._checks.items()):
-            if not future.done():
-                continue
+        for call, check in list(self._checks.items()):
             try:
-                program = future.result()
-                if self._probe.start(call):
-                    for request in self._probe.requests(call, asked.digest, program.invocation):
-                        self._submit(request)
-                elif self._probe.done(call):
-                    effect = self._probe.take(call)
-                    ineffective = why_ineffective(program, effect)
-                    if ineffective and not asked.allow_ineffective:
-                        raise AdapterRefused(
-                            f"{ineffective}. To take it all the same send allow_ineffective=true."
-                        )
-                    info = self._describe(program, effect, ineffective)
-                    replies.append(AdapterChecked(call=call, info=info))
+                for request in check.advance():
+                    self._submit(request)
+                if check.is_done:
+                    replies.append(AdapterChecked(call=call, info=check.info(self.base.dtype.itemsize)))
                     del self._checks[call]
             except VeneerError as error:
                 self._probe.discard(call)
                 replies.append(AdapterChecked(call=call, error=to_wire(error)))
                 del self._checks[call]
-        for call, drop in list(self._drops.items()):
-            if drop.done():
+        for call, drops in list(self._drops.items()):
+            if all(drop.done() for drop in drops):
                 replies.append(Done(call=call))
                 del self._drops[call]
         return replies
-
-    def _describe(self, program: Program, effect: float, ineffective: str | None) -> AdapterInfo:
-        return AdapterInfo(
-            kind=program.kind,
-            primitives=list(program.primitives),
-            rank=program.rank,
-            sites=len(program.sites),
-            bytes=program.num_bytes(self.base.dtype.itemsize),
-            portability=program.portability,
-            virtual_tokens=0 if program.prompt is None else program.prompt.tokens,
-            base_model=program.base_model,
-            effect=effect,
-            warnings=[*program.warnings, *([ineffective] if ineffective else [])],
-        )
 
     # ---- sizes ----------------------------------------------------------------------------------
 
@@ -347,10 +324,13 @@ class Engine:
 
     def stats(self) -> messages.Stats:
         scheduler = self.scheduler
-        adapters = self.residency.stats()
-        for digest, (running, waiting) in scheduler.adapter_counts().items():
-            entry = adapters.get(digest, messages.AdapterStats())
-            adapters[digest] = msgspec.structs.replace(entry, running=running, waiting=waiting)
+        adapters: dict[str, messages.AdapterStats] = {}
+        counts = scheduler.adapter_counts()
+        for key, entry in (dict.fromkeys(counts, messages.AdapterStats()) | self.residency.stats()).items():
+            running, waiting = counts.get(key, (0, 0))
+            entry = msgspec.structs.replace(entry, running=running, waiting=waiting)
+            digest, _ = split_key(key)
+            adapters[digest] = adapters.get(digest, messages.AdapterStats()) + entry
         return messages.Stats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),

@@ -36,7 +36,7 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     id: str
     prompt: list[int]
     sampling: SamplingParams
-    adapter: str | None = None  # content digest; None = the base
+    adapter: str | None = None  # key of adapters/names.py; None = the base
     deadline: float | None = None  # seconds from receipt
 
 
@@ -47,7 +47,7 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
 
 
 class CheckAdapter(msgspec.Struct, frozen=True, tag=True):
-    """Lower the adapter in `folder` and keep the result under `digest`. Answered by `AdapterChecked`.
+    """Lower the adapter in `folder`, each task of it, and keep the result. Answered by `AdapterChecked`.
 
     One that does not change the output of a fixed prompt is refused unless `allow_ineffective`.
     """
@@ -59,7 +59,7 @@ class CheckAdapter(msgspec.Struct, frozen=True, tag=True):
 
 
 class DropAdapter(msgspec.Struct, frozen=True, tag=True):
-    """Forget an adapter on host and device once no sequence uses it. Answered by `Done`."""
+    """Forget an adapter with all its tasks on host and device once no sequence uses it. Answered by `Done`."""
 
     call: str
     digest: str
@@ -69,7 +69,7 @@ class PinAdapter(msgspec.Struct, frozen=True, tag=True):
     """Keep an adapter on the device (or stop keeping it). Answered by `Done`."""
 
     call: str
-    digest: str
+    key: str  # of adapters/names.py
     pinned: bool
 
 
@@ -161,8 +161,10 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     primitives: list[str]  # ["low_rank", "bias"]
     rank: int  # the largest rank over its sites
     sites: int
-    bytes: int  # on the device, in the engine's dtype
+    bytes: int  # on the device, in the engine's dtype; of one task
     portability: str = "independent"  # of the base's weights, or "proportional" to them
+    tasks: int = 0  # a request names one of them; 0: it knows no tasks
+    added_tokens: int = 0  # beyond the base's vocabulary, for which it brings rows
     virtual_tokens: int = 0  # in front of each prompt: they take positions and KV cache
     base_model: str = ""  # what the config calls its base
     effect: float | None = None  # largest change of a log probability of the probe prompt
@@ -191,6 +193,18 @@ class AdapterStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     loads: int = 0  # host -> device copies
     evictions: int = 0  # device evictions
 
+    def __add__(self, other: AdapterStats) -> AdapterStats:
+        """Of several tasks of one adapter: where any is, and how much there is of all."""
+        return AdapterStats(
+            device=self.device or other.device,
+            host=self.host or other.host,
+            pinned=self.pinned or other.pinned,
+            running=self.running + other.running,
+            waiting=self.waiting + other.waiting,
+            loads=self.loads + other.loads,
+            evictions=self.evictions + other.evictions,
+        )
+
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A snapshot for /metrics, sent at most a few times a second. Totals count since engine start."""
@@ -205,7 +219,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     prefix_hit_tokens: int
     prefix_query_tokens: int
     preemptions: int
-    adapters: dict[str, AdapterStats]
+    adapters: dict[str, AdapterStats]  # by digest, all tasks together
     device_adapter_bytes: int
     host_adapter_bytes: int
 

@@ -7,7 +7,7 @@ Counts only; the keys and values themselves lie in the runner's tensors. A page 
     idle    nobody uses it, but its content is cached; taken when no page is free, least recently used first
 
 A full page is cached under a key chained over everything before it: blake2b(parent key, token ids). Into the
-parent of the first page on which the adapter acts go its digest and the place in the page from which on it does:
+parent of the first page on which the adapter acts go its key and the place in the page from which on it does:
 another prompt can have the same tokens there and be invoked elsewhere. Keys and values depend on nothing else, so
 names never matter, no adapter sees another's pages, and those before the invocation are the base's. Pages of
 virtual tokens, which all sequences of an adapter begin with, are always cached, those of other tokens only with
@@ -20,6 +20,7 @@ from array import array
 from collections import OrderedDict
 from hashlib import blake2b
 
+from veneer.adapters.names import split_key
 from veneer.engine.sequence import Sequence
 
 
@@ -103,9 +104,11 @@ class PagePool:
                 acts = (index + 1) * self.page_size > sequence.active_from
                 self._cached[page] = key, sequence.adapter if acts else None
 
-    def forget(self, adapter: str) -> None:
+    def forget(self, digest: str) -> None:
         """Drop everything cached for a deleted adapter. Sequences that use such pages keep them."""
-        for page in [page for page, (_, owner) in self._cached.items() if owner == adapter]:
+        for page, (_, owner) in list(self._cached.items()):
+            if owner is None or split_key(owner)[0] != digest:
+                continue
             self._uncache(page)
             if page in self._idle:
                 del self._idle[page]

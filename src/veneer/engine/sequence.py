@@ -17,7 +17,7 @@ class Sequence:
     id: str
     tokens: list[int]  # virtual ones, the prompt, then the output; tokens are only ever appended
     sampling: SamplingParams
-    adapter: str | None = None  # content digest; None = the base
+    adapter: str | None = None  # key of adapters/names.py; None = the base
     arrival: float = 0.0  # seconds on the scheduler's clock
     deadline: float | None = None  # seconds on the scheduler's clock
     num_prompt_tokens: int = field(init=False)  # virtual ones included

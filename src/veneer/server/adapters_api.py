@@ -159,6 +159,8 @@ def adapter_object(
         "rank": details.get("rank"),
         "sites": details.get("sites"),
         "effect": details.get("effect"),
+        "tasks": record.tasks,
+        "virtual_tokens": details.get("virtual_tokens", 0),
         "bytes": details.get("bytes"),
         "file_bytes": record.file_bytes,
         "residency": "device" if stats.device else "host" if stats.host else "disk",
@@ -205,6 +207,7 @@ async def _pin(request: Request, name: str, pinned: bool) -> Response:
         await sync_pins(state)
     except VeneerError:
         await asyncio.to_thread(state.store.set_pinned, name, before)
+        await follow_pins(state)  # some of its tasks may be pinned
         raise
     return _answer(await _described(state, Selector(record.name)))
 

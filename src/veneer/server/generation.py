@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
-from veneer.adapters.names import Base, parse_selector
+from veneer.adapters.names import Base, adapter_key, parse_selector
 from veneer.adapters.schema import AdapterVersion
 from veneer.engine.client import Generation, NewSequence
 from veneer.engine.messages import EngineInfo, SamplingParams, SequenceOutput, TokenLogprobs
@@ -60,6 +60,24 @@ def select_adapter(state: ServerState, model: str) -> AdapterVersion | None:
     """The adapter version that a request's `model` means now; None for the base. Raises NotFound."""
     selected = parse_selector(model, state.served_name)
     return None if isinstance(selected, Base) else state.store.resolve(selected.name, selected.version)
+
+
+def select_task(adapter: AdapterVersion | None, task_id: int | None) -> str | None:
+    """The key of what a request runs with, for `EngineClient.submit`; None for the base.
+
+    The task must be named when there are several: each has its own answers, so none is a default. Raises
+    InvalidRequest.
+    """
+    tasks = adapter.tasks if adapter else 0
+    if task_id is None and tasks > 1:
+        assert adapter is not None
+        rule = f"adapter {adapter.name!r} has {tasks} tasks; say which one, from 0 to {tasks - 1}"
+        raise InvalidRequest(f"task_id is required: {rule}.", param="task_id")
+    if task_id is not None and task_id >= tasks:
+        who = f"adapter {adapter.name!r}" if adapter else "the base"
+        rule = f"has the tasks 0 to {tasks - 1}" if tasks else "has no tasks; leave it out"
+        raise InvalidRequest(f"task_id={task_id}: {who} {rule}.", param="task_id")
+    return adapter_key(adapter.digest, task_id or 0) if adapter else None
 
 
 def sampling_params(
@@ -175,7 +193,7 @@ class Run:
             )
             raise InvalidRequest(message, param="n")
         self._state, self._body, self._received = state, body, received
-        self._digest = adapter.digest if adapter else None
+        self._key = select_task(adapter, body.task_id)
         self._name = adapter.name if adapter else None
         virtual_tokens = int(adapter.details.get("virtual_tokens", 0)) if adapter else 0
         self._sequences: list[NewSequence] = []
@@ -207,7 +225,7 @@ class Run:
     def __enter__(self) -> Self:
         if self._body.max_tokens != 0:
             self._generation = self._stack.enter_context(
-                self._state.engine.submit(self._sequences, self._digest, self._deadline)
+                self._state.engine.submit(self._sequences, self._key, self._deadline)
             )
         return self
 

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import msgspec
 
+from veneer.adapters.names import adapter_key
 from veneer.adapters.schema import AdapterVersion
 from veneer.adapters.sources import from_folder, from_hub
 from veneer.adapters.staging import Staging
@@ -85,14 +86,15 @@ async def delete(state: ServerState, name: str, version: int | None = None) -> b
 
 
 async def sync_pins(state: ServerState) -> None:
-    """Tell the engine which adapters to keep on the device: the current versions of pinned names."""
+    """Tell the engine which adapters to keep on the device: the current versions of pinned names, all tasks."""
     records = await asyncio.to_thread(state.store.list)
-    wanted = {each.digest for each in records if each.pinned and each.current and not each.damage}
+    pinned = [each for each in records if each.pinned and each.current and not each.damage]
+    wanted = {adapter_key(each.digest, task) for each in pinned for task in range(max(each.tasks, 1))}
     held = state.engine.pinned
-    for digest in held - wanted:
-        await state.engine.pin_adapter(digest, False)
-    for digest in sorted(wanted - held):
-        await state.engine.pin_adapter(digest, True)
+    for key in held - wanted:
+        await state.engine.pin_adapter(key, False)
+    for key in sorted(wanted - held):
+        await state.engine.pin_adapter(key, True)
 
 
 async def follow_pins(state: ServerState) -> None:

@@ -67,6 +67,7 @@ class GenerationRequest(Strict):
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     # ours
+    task_id: Annotated[int, Field(ge=0, lt=2**31)] | None = None  # for an adapter with several tasks
     timeout: Annotated[float, Field(gt=0, le=86400)] | None = None  # seconds for the whole request
 
     @property

@@ -23,6 +23,7 @@ from veneer.errors import AdapterRefused
 PREFIX = "base_model.model."
 _PATTERN_LIMIT = 4096  # entries of rank_pattern or alpha_pattern
 _LAYERS_PATTERN_LIMIT = 64  # entries
+_TASK_LIMIT = 256  # each is lowered and run once before an upload is taken
 
 
 class Targeting(msgspec.Struct, frozen=True, kw_only=True):
@@ -210,6 +211,15 @@ def _fits(token: str, character: str) -> bool:
 def check_rank(rank: int, max_rank: int, field: str = "r") -> None:
     if not 1 <= rank <= max_rank:
         raise wrong(field, rank, f"the rank must be from 1 to {max_rank} (--max-lora-rank)")
+
+
+def check_tasks(field: str, tasks: int, task: int) -> int:
+    """The number of tasks of a file, when it is one that is served and has this one."""
+    if not 1 <= tasks <= _TASK_LIMIT:
+        raise wrong(field, tasks, f"the number of tasks must be from 1 to {_TASK_LIMIT}")
+    if task >= tasks:
+        raise wrong(field, tasks, f"there is no task {task}; the first is 0")
+    return tasks
 
 
 def add_head_copy(

@@ -1,4 +1,4 @@
-"""PEFT's MULTITASK_PROMPT_TUNING of one task: prompt_embeddings * (prefix_task_cols[0] @ prefix_task_rows[0]).
+"""PEFT's MULTITASK_PROMPT_TUNING: for task t prompt_embeddings * (prefix_task_cols[t] @ prefix_task_rows[t]).
 
 `prompt_embeddings` is [tokens, hidden], the factors are [tasks, tokens, ranks] and [tasks, ranks, hidden].
 https://github.com/huggingface/peft/blob/v0.21.0/src/peft/tuners/multitask_prompt_tuning/config.py
@@ -6,21 +6,21 @@ https://github.com/huggingface/peft/blob/v0.21.0/src/peft/tuners/multitask_promp
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from veneer.adapters.checkpoint import Checkpoint
 from veneer.adapters.methods.base import Base
-from veneer.adapters.methods.common import Refusal, read_fields, wrong
+from veneer.adapters.methods.common import check_tasks, read_fields, wrong
 from veneer.adapters.methods.prompt_tuning import TrainingOnly as PromptTrainingOnly
 from veneer.adapters.methods.prompts import REFUSED, PromptFields, count, lower_embeddings
 from veneer.adapters.program import Program
-
-_ONE_TASK = Refusal((1,), "a request cannot say which task it is for; save the adapter with the one task")
 
 
 class Honoured(PromptFields, frozen=True, kw_only=True):
     peft_type: Literal["MULTITASK_PROMPT_TUNING"]
     num_ranks: int = 1
+    num_tasks: int = 1
 
 
 class TrainingOnly(PromptTrainingOnly, frozen=True, kw_only=True):
@@ -32,13 +32,14 @@ class TrainingOnly(PromptTrainingOnly, frozen=True, kw_only=True):
 
 def lower(checkpoint: Checkpoint, base: Base, max_rank: int) -> Program:
     """Lower a PEFT multitask prompt. See `veneer.adapters.methods.base.Method`."""
-    refused = {**REFUSED, "num_tasks": _ONE_TASK}
-    config = read_fields(checkpoint.config, Honoured, TrainingOnly, refused, "MultitaskPromptTuningConfig")
+    config = read_fields(checkpoint.config, Honoured, TrainingOnly, REFUSED, "MultitaskPromptTuningConfig")
+    tasks = check_tasks("num_tasks", config.num_tasks, checkpoint.task)
     ranks = config.num_ranks
     if ranks < 1:
         raise wrong("num_ranks", ranks, "there must be at least one rank")
     factors = {
-        "prefix_task_cols": (1, count(config), ranks),
-        "prefix_task_rows": (1, ranks, base.hidden_size),
+        "prefix_task_cols": (tasks, count(config), ranks),
+        "prefix_task_rows": (tasks, ranks, base.hidden_size),
     }
-    return lower_embeddings(checkpoint, config, base, "multitask_prompt_tuning", factors)
+    program = lower_embeddings(checkpoint, config, base, "multitask_prompt_tuning", factors)
+    return replace(program, tasks=tasks)

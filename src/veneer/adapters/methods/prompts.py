@@ -74,7 +74,8 @@ def lower_embeddings(
 ) -> Program:
     """Embeddings [tokens, hidden], which the first layer gets as they are.
 
-    `factors` are the shapes of further tensors; the embeddings are multiplied with their matrix product.
+    `factors` are the shapes of further tensors, tasks first; the embeddings are multiplied with the matrix product
+    of the checkpoint's task.
     """
     tokens = count(config)
     _check(config, token_dim=base.hidden_size)
@@ -82,7 +83,7 @@ def lower_embeddings(
     checkpoint.require({EMBEDDINGS: (tokens, base.hidden_size), **factors}, _explain)
     embeddings = checkpoint.read(EMBEDDINGS)
     if factors:
-        embeddings *= torch.linalg.multi_dot([checkpoint.read(name).flatten(0, 1) for name in factors])
+        embeddings *= torch.linalg.multi_dot([checkpoint.read(name)[checkpoint.task] for name in factors])
         if not embeddings.isfinite().all():
             raise wrong("num_virtual_tokens", tokens, f"the product of {', '.join(factors)} overflows")
     prompt = Prompt(kv_shape(base, tokens), embeddings=embeddings)

@@ -19,6 +19,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,11 @@ def run_with_peft(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     return logits[:, -tokens.shape[1] :]
 
 
+def run_task(model: Any, tokens: torch.Tensor, *, task: int) -> torch.Tensor:
+    """One pass for one task of an adapter that has several."""
+    return run_with_peft(lambda input_ids: model(input_ids=input_ids, task_ids=torch.tensor([task])), tokens)
+
+
 @dataclass(frozen=True)
 class Case:
     """One method or variant.
@@ -76,6 +82,7 @@ class Case:
         randomize: gives the library's model the parameters of a trained adapter.
         save, load: the library's own. `load` gets a fresh model of the base, which it may change.
         run: (library's model, ids [1, n]) -> logits [1, n, vocabulary] of these tokens.
+        task: the task_id of the requests, which `run` has to run, too.
         refused: the adapter cannot be served exactly, so that refusing it is what holds.
     """
 
@@ -86,6 +93,7 @@ class Case:
     save: Callable[[Any, Path], None] = save_with_peft
     load: Callable[[Any, Path], Any] = load_with_peft
     run: Callable[[Any, torch.Tensor], torch.Tensor] = run_with_peft
+    task: int = 0
     refused: bool = False
 
     def write(self, base: Any, folder: Path) -> None:
@@ -109,9 +117,11 @@ class Case:
 def peft_case(kind: str, variant: str, config: Callable[[Any], PeftConfig], **fields: Any) -> Case:
     """A case that PEFT makes: its `peft_type`, what is special about it in a few words or "", its config.
 
-    `config` gets the base's transformers model; `fields` are further ones of `Case`.
+    `config` gets the base's transformers model; `fields` are further ones of `Case`. With a `task` PEFT is told it.
     """
     method = f"{kind} {variant}".strip()
+    if "task" in fields:
+        fields["run"] = partial(run_task, task=fields["task"])
 
     def make(model: Any) -> Any:
         return get_peft_model(model, config(model), adapter_name=adapter_name(method))

@@ -22,11 +22,6 @@ from veneer.training.conformance.cases_lora import ALL_LINEAR, ATTENTION
 _BANK: dict[str, Any] = {"num_vectors": 20, "vector_length": 16}
 
 
-def _run_first_task(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = model(input_ids=tokens, task_ids=torch.tensor([0])).logits
-    return logits
-
-
 def _randomize_theta(model: Any) -> None:
     """Each entry of A and B is one of θ_d divided by a root of how often it is used, so θ_d must be large."""
     for parameter in model.parameters():
@@ -85,14 +80,21 @@ CASES = [
         lambda model: PolyConfig(
             r=4, n_skills=3, n_splits=2, target_modules=ALL_LINEAR, task_type="CAUSAL_LM"
         ),
-        run=_run_first_task,
+        task=0,
     ),
     peft_case(
         "POLY",
-        "several tasks",
+        "first of two tasks",
         lambda model: PolyConfig(r=4, n_tasks=2, target_modules=ATTENTION, task_type="CAUSAL_LM"),
-        run=_run_first_task,
-        refused=True,
+        task=0,
+    ),
+    peft_case(
+        "POLY",
+        "last of three tasks",
+        lambda model: PolyConfig(
+            r=4, n_tasks=3, n_skills=2, n_splits=4, target_modules=ALL_LINEAR, task_type="CAUSAL_LM"
+        ),
+        task=2,
     ),
     peft_case("PEANUT", "", lambda model: PeanutConfig(r=4, target_modules=ATTENTION)),
     peft_case(

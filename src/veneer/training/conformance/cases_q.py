@@ -15,7 +15,7 @@ from peft import (
     PromptTuningConfig,
 )
 
-from veneer.training.conformance.cases import peft_case, run_with_peft
+from veneer.training.conformance.cases import peft_case
 
 _TASK: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 
@@ -25,10 +25,6 @@ def randomize(model: Any) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.3 * torch.randn_like(parameter)
-
-
-def run_first_task(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    return run_with_peft(lambda input_ids: model(input_ids=input_ids, task_ids=torch.tensor([0])), tokens)
 
 
 prompt_case = partial(peft_case, randomize=randomize)
@@ -72,14 +68,19 @@ CASES = [
         "MULTITASK_PROMPT_TUNING",
         "",
         lambda model: MultitaskPromptTuningConfig(**_TASK, num_virtual_tokens=11, num_ranks=2),
-        run=run_first_task,
+        task=0,
     ),
     prompt_case(
         "MULTITASK_PROMPT_TUNING",
-        "two tasks",
+        "first of two tasks",
         lambda model: MultitaskPromptTuningConfig(**_TASK, num_virtual_tokens=11, num_tasks=2),
-        run=run_first_task,
-        refused=True,
+        task=0,
+    ),
+    prompt_case(
+        "MULTITASK_PROMPT_TUNING",
+        "last of three tasks",
+        lambda model: MultitaskPromptTuningConfig(**_TASK, num_virtual_tokens=8, num_tasks=3, num_ranks=2),
+        task=2,
     ),
     prompt_case(
         "CPT",

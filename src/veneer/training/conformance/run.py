@@ -31,6 +31,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from veneer.adapters.names import adapter_key
 from veneer.adapters.registry import REFUSED
 from veneer.engine.base import resolve_device
 from veneer.engine.config import EngineConfig
@@ -73,7 +74,7 @@ class _Subject:
     def __init__(self, case: Case, store: Path) -> None:
         self.case, self.row = case, Row(method=case.method, kind=case.kind)
         self.is_open = True  # False: it could not be made or is refused, so there is nothing to measure
-        self.digest = None if case is _BASE_CASE else _digest(case.method)
+        self.key = None if case is _BASE_CASE else adapter_key(_digest(case.method), case.task)
         self.noisy = _digest(f"{case.method} with noise")
         self.folder, self.noisy_folder = (
             store / "blobs" / digest for digest in (_digest(case.method), self.noisy)
@@ -225,19 +226,19 @@ class _Check:
         whole, cached = {}, {}
         for subject in _progress("serve alone", _open(subjects)):
             prompts = [
-                Asked(subject.digest, PROMPT + CONTINUATION[:n], CONTINUATION[n : n + 1]) for n in lengths
+                Asked(subject.key, PROMPT + CONTINUATION[:n], CONTINUATION[n : n + 1]) for n in lengths
             ]
             answers = served.ask(prompts)
             known = [each for each in answers if isinstance(each, torch.Tensor)]
             whole[subject.case.method] = torch.cat(known) if len(known) == len(answers) else answers[0]
-            [cached[subject.case.method]] = served.ask([Asked(subject.digest, PROMPT, CONTINUATION)])
+            [cached[subject.case.method]] = served.ask([Asked(subject.key, PROMPT, CONTINUATION)])
         self._judge(
             "alone", subjects, whole, {name: each[lengths] for name, each in references.items()}, TOLERANCE
         )
         self._judge("cache", subjects, cached, references, TOLERANCE)
 
     def _batch(self, served: Served, subjects: Sequence[_Subject]) -> dict[str, torch.Tensor | str]:
-        asked = {each.case.method: Asked(each.digest, BATCH_PROMPT, CONTINUATION) for each in _open(subjects)}
+        asked = {each.case.method: Asked(each.key, BATCH_PROMPT, CONTINUATION) for each in _open(subjects)}
         return dict(zip(asked, served.ask(list(asked.values())), strict=True))
 
     def _control(self, served: Served, subjects: Sequence[_Subject], references: _References) -> None:
@@ -245,7 +246,8 @@ class _Check:
         noisy = {each.noisy: each for each in _open(subjects)}
         checked = served.check({digest: each.noisy_folder for digest, each in noisy.items()})
         taken = [digest for digest, answer in checked.items() if answer.error is None]
-        answers = served.ask([Asked(digest, BATCH_PROMPT, CONTINUATION) for digest in taken])
+        keys = [adapter_key(digest, noisy[digest].case.task) for digest in taken]
+        answers = served.ask([Asked(key, BATCH_PROMPT, CONTINUATION) for key in keys])
         for digest, answer in zip(taken, answers, strict=True):
             row = noisy[digest].row
             if isinstance(answer, str):

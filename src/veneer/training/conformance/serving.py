@@ -35,7 +35,7 @@ _STEP = (
 class Asked(NamedTuple):
     """What a request asks for."""
 
-    adapter: str | None  # digest
+    adapter: str | None  # key of adapters/names.py
     prompt: Sequence[int]
     continuation: Sequence[int]  # forced, no token twice; there is an answer for each
 
