@@ -414,3 +414,20 @@ def test_adapters_survive_the_end_of_the_server(
     assert store.held() == held
     assert [store.says(model) for model in models] == said
     assert store.server.http.get("/v1/adapters/witness").json()["residency"] == "device"
+
+
+def test_an_adapter_is_asked_with_its_own_template(store: Store, make: MakeAdapter) -> None:
+    own = {"chat_template.jinja": b"{% for message in messages %}{{ message.content }}{% endfor %}"}
+    reply = store.send("templated", files_of(*make(77)) | own)
+    assert reply.status_code == 201, reply.text
+    assert reply.json()["own_chat_template"]
+    body = {"messages": [{"role": "user", "content": "Once upon a time"}], "max_tokens": 8, "temperature": 0}
+    said = {}
+    for model in ("templated", BASE):
+        chat = store.server.http.post(
+            "/v1/chat/completions", json=body | {"model": model, "ignore_eos": True}
+        )
+        assert chat.status_code == 200, chat.text
+        said[model] = chat.json()["choices"][0]["message"]["content"]
+    assert said["templated"] == store.says("templated"), "the template adds nothing to the message"
+    assert said[BASE] != store.says(BASE), "the base's does"

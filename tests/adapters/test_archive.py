@@ -76,13 +76,13 @@ def test_unpacks_both_files(make: Make, prefix: str, tmp_path: Path) -> None:
 def test_companions_are_skipped_and_reported(make: Make, tmp_path: Path) -> None:
     extra = {
         "a/README.md": b"x",
-        "a/tokenizer.json": b"y" * 10_000_000,
+        "a/tokenizer.model": b"y" * 10_000_000,
         "__MACOSX/a/._adapter_config.json": b"z",
         f"a/._{WEIGHTS_FILE}": b"z",
     }
     files = extra | {f"a/{k}": v for k, v in FILES.items()}
     skipped = unpack(io.BytesIO(make(files)), Staging(tmp_path), LIMIT)
-    assert skipped == ("README.md", "tokenizer.json", "._adapter_config.json", f"._{WEIGHTS_FILE}")
+    assert skipped == ("README.md", "tokenizer.model", "._adapter_config.json", f"._{WEIGHTS_FILE}")
     assert contents(tmp_path) == FILES
 
 

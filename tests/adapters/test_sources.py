@@ -14,8 +14,8 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from veneer.adapters.names import CONFIG_FILE, WEIGHTS_FILE
-from veneer.adapters.sources import CONFIG_LIMIT, from_folder, from_hub
+from veneer.adapters.names import CONFIG_FILE, CONFIG_LIMIT, TEXT_FILES, WEIGHTS_FILE
+from veneer.adapters.sources import from_folder, from_hub
 from veneer.adapters.staging import Staging
 from veneer.errors import (
     AdapterRefused,
@@ -215,7 +215,48 @@ def test_hub(hub: tuple[str, type[Hub]], tmp_path: Path, staging: Staging, revis
     )
     assert commit == COMMIT
     assert staged(staging) == FILES
-    assert {name for _, name in hub[1].requests} == set(FILES)
+    asked = {name for _, name in hub[1].requests}
+    assert asked == {*FILES, *TEXT_FILES}, "and never the pickle"
+
+
+def test_hub_files_of_a_tokenizer_come_along(
+    hub: tuple[str, type[Hub]], tmp_path: Path, staging: Staging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub[1].repos["team/bot"] |= {"tokenizer.json": b"{}", "chat_template.jinja": b"hi", "vocab.json": b"{}"}
+    from_hub("team/bot", staging, LIMIT, endpoint=hub[0], cache_dir=tmp_path / "hf")
+    wanted = FILES | {"tokenizer.json": b"{}", "chat_template.jinja": b"hi"}
+    assert staged(staging) == wanted
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    second = Staging(tmp_path / "second")
+    second.path.mkdir()
+    from_hub("team/bot", second, LIMIT, endpoint=hub[0], cache_dir=tmp_path / "hf")
+    assert staged(second) == wanted
+
+
+def test_folder_files_of_a_tokenizer_come_along(allowed: Path, staging: Staging) -> None:
+    folder = adapter(allowed / "bot")
+    for name in TEXT_FILES:
+        (folder / name).write_bytes(name.encode())
+    (folder / "tokenizer.model").write_bytes(b"not read")
+    from_folder(str(folder), [allowed], staging, LIMIT)
+    found = staged(staging)
+    assert found.keys() == {CONFIG_FILE, WEIGHTS_FILE, *TEXT_FILES}
+    assert all(found[name] == name.encode() for name in TEXT_FILES)
+
+
+def test_a_tokenizer_file_outside_of_the_roots_is_refused(
+    allowed: Path, staging: Staging, tmp_path: Path
+) -> None:
+    folder = adapter(allowed / "bot")
+    secret = tmp_path / "secret"
+    secret.write_text("{}")
+    (folder / "tokenizer_config.json").symlink_to(secret)
+    with pytest.raises(Forbidden):
+        from_folder(str(folder), [allowed], staging, LIMIT)
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "chat_template.jinja").write_bytes(bytes((1 << 20) + 1))
+    with pytest.raises(TooLarge, match=r"chat_template\.jinja has 1,048,577 bytes"):
+        from_folder(str(folder), [allowed], staging, LIMIT)
 
 
 def test_hub_without_connection_uses_the_cache(

@@ -127,7 +127,7 @@ def test_write_limits(store: AdapterStore) -> None:
         with pytest.raises(InvalidRequest, match="sent twice"):
             staging.write(CONFIG_FILE, [b"{}"], 10)
         assert (staging.path / CONFIG_FILE).read_bytes() == b"1234567890"
-        with pytest.raises(ValueError, match="is not one of"):
+        with pytest.raises(ValueError, match="is not a file of an adapter"):
             staging.write("../store.db", [b""], 10)
     assert leftovers(store) == ([], [])
 

@@ -49,7 +49,7 @@ def test_memory_and_disk_agree(tmp_path: Path) -> None:
 
 
 def test_each_word_is_a_token(tmp_path: Path) -> None:
-    tokenizer = TextTokenizer(random_checkpoint(tmp_path, shapes="tiny"))
+    tokenizer = TextTokenizer.load(random_checkpoint(tmp_path, shapes="tiny"))
     assert tokenizer.encode("w5 w0 w511", add_special_tokens=True) == [5, 0, 511]
     assert tokenizer.token_bytes(511) == b" w511"
 

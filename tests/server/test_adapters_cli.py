@@ -63,9 +63,15 @@ def test_the_life_of_an_adapter(cli: Cli, lora: Path) -> None:
 
     assert cli("list") == 0
     header, new, sql = cli.out.splitlines()
-    assert header.split()[:7] == ["NAME", "VERSION", "KIND", "PRIMITIVES", "PORTABILITY", "RANK", "BYTES"]
-    assert new.split()[:7] == ["org/new", "2", "lora", "low_rank", "independent", "8", "1024"]
+    assert header.split()[:7] == ["NAME", "VERSION", "KIND", "PRIMITIVES", "PORTABILITY", "RANK", "TASKS"]
+    assert new.split()[:10] == ["org/new", "2", "lora", "low_rank", "independent", "8", "-", "-", "-", "1024"]
     assert sql.split()[:2] == ["sql", "1"]
+
+    assert cli("show", "org/new") == 0
+    shown = dict(line.split(maxsplit=1) for line in cli.out.splitlines() if not line.startswith("version  "))
+    assert (shown["primitives"], shown["bytes"], shown["own_tokenizer"]) == ("low_rank", "1024 B", "False")
+    assert [line.split()[1] for line in cli.out.splitlines()[-2:]] == ["1", "2"]
+    assert cli.out.splitlines()[-1].endswith("current")
 
     assert cli("rm", "org/new") == 1
     assert "'prod'" in cli.err

@@ -158,7 +158,7 @@ def test_stop_strings_cut_tokens(
 
 
 def test_stop_token_ids_end_without_their_text(server: Server) -> None:
-    world = server.state.tokenizer.encode(" world", add_special_tokens=False)
+    world = server.state.texts.base.tokenizer.encode(" world", add_special_tokens=False)
     answer = chat(server, stop_token_ids=[world[0]])
     assert answer["choices"][0]["message"]["content"] == "user\nhello"
     assert answer["choices"][0]["stop_reason"] == world[0]

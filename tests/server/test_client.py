@@ -146,7 +146,7 @@ def test_a_killed_engine_fails_everything_at_once_and_comes_back(tmp_path: Path)
             await client.wait_ready(WAIT)
             assert client.restarts == 1
             assert await tokens(client, PROMPT) == [*PROMPT, 0]
-            assert [m["digest"] for m in received(tmp_path, "PinAdapter")] == ["d" * 64] * 2
+            assert [m["key"] for m in received(tmp_path, "PinAdapter")] == ["d" * 64] * 2
 
     asyncio.run(main())
 

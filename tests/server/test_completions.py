@@ -49,7 +49,10 @@ def test_a_stream_carries_the_same_text(server: Server) -> None:
 
 
 def test_a_prompt_comes_as_text_or_tokens_one_or_many(server: Server) -> None:
-    one, two = ([*server.state.tokenizer.encode(text, add_special_tokens=False)] for text in ("one", " two"))
+    one, two = (
+        [*server.state.texts.base.tokenizer.encode(text, add_special_tokens=False)]
+        for text in ("one", " two")
+    )
     assert texts(complete(server, prompt="one")) == ["one"]
     assert texts(complete(server, prompt=["one", " two"])) == ["one", " two"]
     assert texts(complete(server, prompt=one)) == ["one"]
@@ -79,7 +82,7 @@ def test_the_default_length_is_16_tokens(server: Server) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_echo_begins_with_the_prompt(server: Server, stream: bool) -> None:
-    for prompt in ("one", server.state.tokenizer.encode("one", add_special_tokens=False)):
+    for prompt in ("one", server.state.texts.base.tokenizer.encode("one", add_special_tokens=False)):
         fields: dict[str, Any] = {"model": BASE, "prompt": prompt, "echo": True, "temperature": 0, "n": 2}
         if stream:
             got = ["", ""]

@@ -57,7 +57,7 @@ def save(tokenizer: Tokenizer, folder: Path, **config: Any) -> TextTokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return TextTokenizer(folder)
+    return TextTokenizer.load(folder)
 
 
 @pytest.fixture(params=KINDS)
@@ -205,7 +205,7 @@ def test_an_unsupported_decoder_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="WordPiece"):
         save(tokenizer, tmp_path)
     with pytest.raises(InvalidRequest, match=r"has no tokenizer\.json"):
-        TextTokenizer(tmp_path / "nothing")
+        TextTokenizer.load(tmp_path / "nothing")
 
 
 # ---- against transformers ---------------------------------------------------------------------------
@@ -294,7 +294,7 @@ def test_the_packaged_base_reads_and_writes_as_in_transformers() -> None:
     from veneer.engine.source import resolve
 
     folder = resolve(None)
-    ours, theirs = TextTokenizer(folder), transformers_tokenizer(folder)
+    ours, theirs = TextTokenizer.load(folder), transformers_tokenizer(folder)
     template = ChatTemplate.load(folder, read_special_tokens(folder))
     assert template is not None
     for messages in (CONVERSATION, CONVERSATION[1:]):

@@ -134,7 +134,8 @@ NAME = {"name": "bad"}
             "adapter_refused",
             "adapter_model.safetensors is missing",
         ),
-        ({"data": NAME, "files": files() + files()[:1]}, 400, "invalid_value", "Too many files"),
+        ({"data": NAME, "files": files() + files()[:1]}, 400, "invalid_value", "config.json was sent twice"),
+        ({"data": NAME, "files": files() * 5}, 400, "invalid_value", "Too many files"),
         ({"data": NAME, "files": [files()[0], files()[0]]}, 400, "invalid_value", "sent twice"),
         (
             {"data": NAME, "files": [("files", ("adapter_model.bin", b"\x80"))]},

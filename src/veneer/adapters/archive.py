@@ -1,6 +1,6 @@
 """Unpacks an uploaded .zip or .tar.gz into a staging folder. Imports no torch.
 
-An archive holds an adapter's two files at its root or in one folder. What other tools put beside them
+An archive holds an adapter's files at its root or in one folder. What other tools put beside them
 (`_COMPANIONS`) is skipped and reported; anything else, pickles above all, is refused by name. Nothing an
 archive says is trusted: sizes are counted while they stream, headers are read from a small allowance, and
 a file is written under the name it is expected to have, never under a path of the archive.
@@ -20,8 +20,8 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-from veneer.adapters.names import CONFIG_FILE, CONFIG_LIMIT, WEIGHTS_FILE
-from veneer.adapters.staging import FILES, Staging
+from veneer.adapters.names import CONFIG_FILE, FILES, WANTED
+from veneer.adapters.staging import Staging, file_limits
 from veneer.errors import AdapterRefused
 
 _ENTRY_LIMIT = 64
@@ -34,13 +34,8 @@ _COMPANIONS = {
     "LICENSE",
     "LICENSE.txt",
     "README.md",
-    "added_tokens.json",
-    "chat_template.jinja",
     "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
     "tokenizer.model",
-    "tokenizer_config.json",
     "trainer_state.json",
     "vocab.json",
 }
@@ -70,7 +65,7 @@ class _Entry(NamedTuple):
 
 
 def unpack(archive: BinaryIO, staging: Staging, max_bytes: int) -> tuple[str, ...]:
-    """Write the two files of the adapter in `archive` (seekable) into `staging`.
+    """Write the files of the adapter in `archive` (seekable) into `staging`.
 
     Args:
         max_bytes: limit of the weights, uncompressed.
@@ -82,7 +77,7 @@ def unpack(archive: BinaryIO, staging: Staging, max_bytes: int) -> tuple[str, ..
         AdapterRefused: the archive is malformed, too large or holds something else; the entry is named.
         StorageFull: the disk is.
     """
-    limits = {CONFIG_FILE: CONFIG_LIMIT, WEIGHTS_FILE: max_bytes}
+    limits = file_limits(max_bytes)
     found: dict[str, PurePosixPath] = {}
     skipped: list[str] = []
     spare = _COMPANION_LIMIT
@@ -93,7 +88,7 @@ def unpack(archive: BinaryIO, staging: Staging, max_bytes: int) -> tuple[str, ..
             path = _checked_path(entry)
             if entry.is_folder:
                 continue
-            if path.name in FILES and not _is_finder_copy(path):
+            if path.name in limits and not _is_finder_copy(path):
                 if path.name in found:
                     raise _refused(
                         entry.name, f"the archive has a second file of that name, {found[path.name]}"
@@ -107,19 +102,20 @@ def unpack(archive: BinaryIO, staging: Staging, max_bytes: int) -> tuple[str, ..
             elif path.suffix in _PICKLES:
                 raise _refused(entry.name, "pickle files can run code; save with safe_serialization=True")
             else:
-                raise _refused(entry.name, f"it does not belong to an adapter ({' and '.join(FILES)})")
+                raise _refused(entry.name, f"it does not belong to an adapter ({WANTED})")
     for filename in FILES:
         if filename not in found:
             raise _refused("the archive", f"{filename} is missing from it")
-    if found[CONFIG_FILE].parent != found[WEIGHTS_FILE].parent:
-        raise _refused(str(found[WEIGHTS_FILE]), f"{found[CONFIG_FILE]} stands in another folder")
+    for path in found.values():
+        if path.parent != found[CONFIG_FILE].parent:
+            raise _refused(str(path), f"{found[CONFIG_FILE]} stands in another folder")
     return tuple(skipped)
 
 
 def _refused(name: str, reason: str) -> AdapterRefused:
     what = name if name == "the archive" else f"archive entry {name[:200]!r}"
     return AdapterRefused(
-        f"{what} is refused: {reason}. Pack {' and '.join(FILES)} alone, at the root or in one folder.",
+        f"{what} is refused: {reason}. Pack an adapter's files alone, at the root or in one folder.",
         param="archive",
     )
 

@@ -9,12 +9,13 @@ from typing import Any
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
+from veneer.adapters.names import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE
 from veneer.adapters.schema import MAX_VERSION, AdapterVersion, Alias, Move, Name, Version
 from veneer.errors import Conflict, NotFound
 
 
 def add_version(
-    session: Session, name: str, digest: str, sizes: tuple[int, int], details: Mapping[str, Any]
+    session: Session, name: str, digest: str, sizes: Mapping[str, int], details: Mapping[str, Any]
 ) -> AdapterVersion:
     """Point the name to a new version, unless its current one has this content already."""
     owner = session.get(Name, name, with_for_update=True)
@@ -28,14 +29,15 @@ def add_version(
             return record(current, owner, owner)
     owner.last_version += 1
     owner.current = owner.last_version
+    text_files = {filename: size for filename, size in sizes.items() if filename in TEXT_FILES}
     version = Version(
         name=name,
         version=owner.last_version,
         digest=digest,
         created_at=int(time.time()),
-        config_bytes=sizes[0],
-        weights_bytes=sizes[1],
-        details=dict(details),
+        config_bytes=sizes[CONFIG_FILE],
+        weights_bytes=sizes[WEIGHTS_FILE],
+        details=dict(details) | ({"text_files": text_files} if text_files else {}),
     )
     session.add(version)
     session.flush()

@@ -1,4 +1,4 @@
-"""Names: what an adapter may be called, how a request's `model` selects one, and an adapter's two files.
+"""Names: what an adapter may be called, how a request's `model` selects one, and an adapter's files.
 
 Imports no torch: the HTTP process uses this file.
 
@@ -10,6 +10,7 @@ Imports no torch: the HTTP process uses this file.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +18,19 @@ from veneer.errors import InvalidRequest, NotFound
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+FILES = (CONFIG_FILE, WEIGHTS_FILE)  # every adapter has both
 CONFIG_LIMIT = 1 << 20  # bytes
+# What a tokenizer's save_pretrained writes beside them, and how many bytes each may have. Requests for the adapter
+# are then tokenized, rendered and ended by these. An adapter may bring any of them.
+TEXT_FILES: Mapping[str, int] = {
+    "tokenizer.json": 64 << 20,
+    "tokenizer_config.json": 4 << 20,
+    "special_tokens_map.json": 1 << 20,
+    "added_tokens.json": 4 << 20,
+    "chat_template.jinja": 1 << 20,
+    "generation_config.json": 1 << 20,
+}
+WANTED = f"{' and '.join(FILES)}, and beside them what a tokenizer saves: {', '.join(TEXT_FILES)}"
 
 NAME_LIMIT = 128  # characters
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._/-]{{0,{NAME_LIMIT - 1}}}")

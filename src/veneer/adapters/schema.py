@@ -29,7 +29,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Mapped, aliased, mapped_column
 
-from veneer.adapters.names import NAME_LIMIT
+from veneer.adapters.names import CONFIG_FILE, NAME_LIMIT, WEIGHTS_FILE
 
 MAX_VERSION = 2**31 - 1  # what an INTEGER column holds
 
@@ -63,6 +63,12 @@ class Version(Base):
     config_bytes: Mapped[int] = mapped_column(BigInteger)
     weights_bytes: Mapped[int] = mapped_column(BigInteger)
     details: Mapped[dict[str, Any]]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file."""
+        text_files: dict[str, int] = self.details.get("text_files", {})
+        return {CONFIG_FILE: self.config_bytes, WEIGHTS_FILE: self.weights_bytes, **text_files}
 
 
 class Move(Base):
@@ -99,14 +105,20 @@ class AdapterVersion:
     pinned: bool  # of the name
     config_bytes: int
     weights_bytes: int
-    details: Mapping[str, Any] = field(hash=False)  # what the engine found out when it lowered the adapter
+    details: Mapping[str, Any] = field(hash=False)  # what the upload's check found out
     alias: Alias | None = None  # the alias it was found through
     created: bool = False  # True only from the `commit` that made it
     damage: str | None = None  # what is wrong with its files; such a version is listed, not served
 
     @property
     def file_bytes(self) -> int:
-        return self.config_bytes + self.weights_bytes
+        return self.config_bytes + self.weights_bytes + sum(self.text_files.values())
+
+    @property
+    def text_files(self) -> Mapping[str, int]:
+        """The files it has of `TEXT_FILES`, with their bytes."""
+        found: Mapping[str, int] = self.details.get("text_files", {})
+        return found
 
     @property
     def tasks(self) -> int:

@@ -1,6 +1,6 @@
 """Where an adapter can come from besides an upload: a folder of this machine, or the Hugging Face hub.
 
-Both only bring the two files into a staging folder; the store knows neither. Other files of a source are
+Both only bring an adapter's files into a staging folder; the store knows neither. Other files of a source are
 never read, pickled weights least of all.
 """
 
@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from veneer.adapters.names import CONFIG_FILE, WEIGHTS_FILE
-from veneer.adapters.staging import FILES, Staging, storage_errors
+from veneer.adapters.names import FILES, TEXT_FILES
+from veneer.adapters.staging import Staging, file_limits, storage_errors
 from veneer.errors import (
     AdapterRefused,
     EngineUnavailable,
@@ -26,7 +26,6 @@ from veneer.errors import (
     VeneerError,
 )
 
-CONFIG_LIMIT = 1 << 20  # bytes
 CHUNK = 1 << 20  # bytes
 PICKLED = "adapter_model.bin"
 
@@ -41,7 +40,8 @@ def from_folder(path: str, allowed_roots: Sequence[Path], staging: Staging, max_
     folder = _allowed(Path(path), path, roots)
     if not folder.is_dir():
         raise NotFound(f"there is no folder {path!r}", param="lora_path", code="adapter_not_found")
-    files = {filename: _allowed(folder / filename, path, roots) for filename in FILES}
+    wanted = [*FILES, *(filename for filename in TEXT_FILES if (folder / filename).exists())]
+    files = {filename: _allowed(folder / filename, path, roots) for filename in wanted}
     _copy(files, path, staging, max_bytes)
 
 
@@ -74,21 +74,34 @@ def from_hub(
 ) -> str:
     """Copy an adapter from a hub repository, by way of the hub's cache. Returns the commit it came from.
 
-    Both files come from one commit, and their sizes are checked before they are downloaded. Without a
-    connection, files that are in the cache are used. Raises `InvalidRequest` for a malformed id, `NotFound`
+    All files come from one commit, and their sizes are checked before they are downloaded. Without a
+    connection, files that are in the cache are used, and the adapter has no others.
+
+    Raises `InvalidRequest` for a malformed id, `NotFound`
     for an unknown repository or revision, `AdapterRefused` when it holds no adapter, `TooLarge`,
     `EngineUnavailable` (`hub_unavailable`) when the hub cannot be asked.
     """
-    from huggingface_hub import hf_hub_download  # here: few servers need it, and it would slow every start
+    # Here: few servers need it, and it would slow every start.
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     files: dict[str, Path] = {}
     commit = revision  # the config by the name asked for, so that the cache remembers what that points to
+    connected = False
     with _hub_errors(repo, revision), storage_errors("a download from the hub"):
-        for filename, limit in ((CONFIG_FILE, CONFIG_LIMIT), (WEIGHTS_FILE, max_bytes)):
+        for filename, limit in file_limits(max_bytes).items():
             fetch = partial(
                 hf_hub_download, repo, filename, revision=commit, endpoint=endpoint, cache_dir=cache_dir
             )
-            _check_size(filename, fetch(dry_run=True).file_size or 0, limit)
+            try:
+                told = fetch(dry_run=True)
+            except EntryNotFoundError as error:
+                # A connection that was there and broke does not say that the repository lacks the file.
+                if filename in FILES or (connected and isinstance(error, LocalEntryNotFoundError)):
+                    raise
+                continue
+            connected = connected or told.will_download
+            _check_size(filename, told.file_size or 0, limit)
             cached = Path(fetch())
             commit = cached.parent.name  # <cache>/…/snapshots/<commit>/<filename>
             files[filename] = cached.resolve()
@@ -135,10 +148,11 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
 
 
 def _copy(files: Mapping[str, Path], source: str, staging: Staging, max_bytes: int) -> None:
-    for filename, limit in ((CONFIG_FILE, CONFIG_LIMIT), (WEIGHTS_FILE, max_bytes)):
-        with _open_regular(files[filename], filename, source) as file:
-            _check_size(filename, os.fstat(file.fileno()).st_size, limit)
-            staging.write(filename, iter(partial(file.read, CHUNK), b""), limit)
+    limits = file_limits(max_bytes)
+    for filename, path in files.items():
+        with _open_regular(path, filename, source) as file:
+            _check_size(filename, os.fstat(file.fileno()).st_size, limits[filename])
+            staging.write(filename, iter(partial(file.read, CHUNK), b""), limits[filename])
 
 
 def _open_regular(path: Path, filename: str, source: str) -> BinaryIO:

@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +22,8 @@ from typing import IO
 
 from sqlalchemy.exc import DBAPIError
 
-from veneer.adapters.names import CONFIG_FILE, WEIGHTS_FILE
+from veneer.adapters.names import CONFIG_FILE, CONFIG_LIMIT, FILES, TEXT_FILES, WANTED, WEIGHTS_FILE
 from veneer.errors import AdapterRefused, Conflict, InvalidRequest, StorageFull, TooLarge
-
-FILES = (CONFIG_FILE, WEIGHTS_FILE)
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -36,34 +34,35 @@ _POSTGRES_FULL = "53100"
 
 @dataclass(frozen=True, slots=True)
 class Staging:
-    """A folder that nobody else sees, to be filled with an adapter's two files."""
+    """A folder that nobody else sees, to be filled with an adapter's files."""
 
     path: Path
 
     def write(self, filename: str, chunks: Iterable[bytes], limit: int) -> int:
-        """Write one of `FILES`, at most `limit` bytes; an error leaves nothing. Returns its size.
+        """Write a file of an adapter, at most `limit` bytes; an error leaves nothing. Returns its size.
 
         Raises `TooLarge` beyond the limit, `StorageFull` when the disk is, `InvalidRequest` on a second
         file of that name.
         """
-        if filename not in FILES:
-            raise ValueError(f"{filename!r} is not one of {FILES}")
+        if filename not in FILES and filename not in TEXT_FILES:
+            raise ValueError(f"{filename!r} is not a file of an adapter")
         target = self.path / filename
         try:
             with storage_errors(filename), target.open("xb") as file:
                 size = _copy(filename, chunks, limit, file.fileno())
                 os.fsync(file.fileno())
         except FileExistsError:
-            raise InvalidRequest(
-                f"{filename} was sent twice; send each of {' and '.join(FILES)} once", param="files"
-            ) from None
+            raise InvalidRequest(f"{filename} was sent twice; send each file once", param="files") from None
         except BaseException:
             target.unlink(missing_ok=True)
             raise
         return size
 
-    def sizes(self) -> tuple[int, int]:
-        """Bytes of the config and of the weights. Raises `AdapterRefused` unless exactly both are there."""
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file: of `FILES`, then of those of `TEXT_FILES` that are there, in their order.
+
+        Raises `AdapterRefused` when one of `FILES` is missing or something else is there.
+        """
         found = {entry.name: entry for entry in os.scandir(self.path)}
         for filename in FILES:
             if filename not in found:
@@ -71,29 +70,31 @@ class Staging:
                     f"{filename} is missing; an adapter is {' and '.join(FILES)}", param="files"
                 )
         for name, entry in found.items():
-            if name not in FILES or not entry.is_file(follow_symlinks=False):
-                raise AdapterRefused(
-                    f"{name!r} does not belong to an adapter; send {' and '.join(FILES)} alone", param="files"
-                )
-        config, weights = (found[filename].stat().st_size for filename in FILES)
-        return config, weights
+            if name not in (*FILES, *TEXT_FILES) or not entry.is_file(follow_symlinks=False):
+                raise AdapterRefused(f"{name!r} does not belong to an adapter; send {WANTED}", param="files")
+        return {name: found[name].stat().st_size for name in (*FILES, *TEXT_FILES) if name in found}
 
     def digest(self) -> str:
-        """The adapter's identity: sha256 over, for each of `FILES` in that order, its name, a zero byte,
+        """The adapter's identity: sha256 over, for each file in the order of `sizes`, its name, a zero byte,
         its length as eight bytes (big-endian) and the sha256 of its content."""
         whole = hashlib.sha256()
-        for filename, size in zip(FILES, self.sizes(), strict=True):
+        for filename, size in self.sizes().items():
             with (self.path / filename).open("rb") as file:
                 content = hashlib.file_digest(file, "sha256")
             whole.update(filename.encode() + b"\0" + size.to_bytes(8, "big") + content.digest())
         return whole.hexdigest()
 
     def sync(self) -> None:
-        """Bring both files and the folder to the disk."""
+        """Bring the files and the folder to the disk."""
         with storage_errors("the adapter"):
-            for filename in FILES:
+            for filename in self.sizes():
                 sync(self.path / filename)
             sync(self.path)
+
+
+def file_limits(weights: int) -> dict[str, int]:
+    """How many bytes each file of an adapter may have, when its weights may have so many."""
+    return {CONFIG_FILE: CONFIG_LIMIT, WEIGHTS_FILE: weights, **TEXT_FILES}
 
 
 def _copy(filename: str, chunks: Iterable[bytes], limit: int, descriptor: int) -> int:
@@ -157,9 +158,9 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def fault(folder: Path, sizes: tuple[int, int]) -> str | None:
-    """What is wrong with a stored adapter's files, or None when both are there with the right sizes."""
-    for filename, size in zip(FILES, sizes, strict=True):
+def fault(folder: Path, sizes: Mapping[str, int]) -> str | None:
+    """What is wrong with a stored adapter's files, or None when all are there with the right sizes."""
+    for filename, size in sizes.items():
         try:
             found = (folder / filename).lstat()
         except (FileNotFoundError, NotADirectoryError):

@@ -1,6 +1,6 @@
 """The adapter store: immutable, content-addressed versions under names that move atomically.
 
-    <root>/blobs/<digest>/   adapter_config.json, adapter_model.safetensors
+    <root>/blobs/<digest>/   adapter_config.json, adapter_model.safetensors, a tokenizer's files if it has some
     <root>/staging/<random>/ uploads on their way in, folders on their way out; emptied on opening
     <root>/store.db          names, versions, pointer moves (SQLite, unless another database is given)
     <root>/lock              held by the one process that owns the root
@@ -128,7 +128,7 @@ class AdapterStore:
         """Make the staged files the next version of `name` and point the name to it; durable on return.
 
         Content equal to the name's current version changes nothing and returns that version, with
-        `created` False. Raises `AdapterRefused` unless exactly the two files are there.
+        `created` False. Raises `AdapterRefused` unless exactly an adapter's files are there.
         """
         check_name(name)
         digest, sizes = staging.digest(), staging.sizes()
@@ -144,7 +144,7 @@ class AdapterStore:
                         self._discard_unreferenced([digest])
                 raise
 
-    def _place(self, staging: Staging, digest: str, sizes: tuple[int, int]) -> bool:
+    def _place(self, staging: Staging, digest: str, sizes: Mapping[str, int]) -> bool:
         """Move the staged folder to its place, unless the same content is there. True when it was moved."""
         blob = self.blob(digest)
         if fault(blob, sizes) is None:
@@ -332,10 +332,6 @@ class AdapterStore:
         self._discard_unreferenced(stored)
         keep_spare(self._spare, self._staging)
         with self._sessions() as session:
-            rows = session.execute(
-                select(Version.digest, Version.config_bytes, Version.weights_bytes).distinct()
-            )
-            for digest, config_bytes, weights_bytes in rows:
-                problem = fault(self.blob(digest), (config_bytes, weights_bytes))
-                if problem:
-                    self._damage[digest] = problem
+            for version in session.scalars(select(Version)):
+                if problem := fault(self.blob(version.digest), version.sizes):
+                    self._damage[version.digest] = problem

@@ -14,12 +14,12 @@ from urllib.parse import quote
 import httpx
 from tqdm import tqdm
 
+from veneer.adapters.names import FILES, TEXT_FILES, WANTED
 from veneer.errors import InvalidRequest, VeneerError, from_wire
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 ARCHIVES = (".zip", ".tar.gz", ".tgz")
 
-_LISTED = ("kind", "primitives", "portability", "rank", "bytes")
+_LISTED = ("kind", "primitives", "portability", "rank", "tasks", "virtual", "text", "bytes")
 
 # An upload waits for the server to check the adapter, a delete for running requests to end.
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
@@ -64,12 +64,10 @@ def _push(client: httpx.Client, arguments: argparse.Namespace) -> None:
     fields: dict[str, Any] = {"name": arguments.name}
     with contextlib.ExitStack() as stack:
         if source.is_dir():
-            paths = [("files", source / name) for name in ADAPTER_FILES]
-            for _, path in paths:
-                if not path.is_file():
-                    raise InvalidRequest(
-                        f"{path} is missing: an adapter folder has {' and '.join(ADAPTER_FILES)}"
-                    )
+            for name in FILES:
+                if not (source / name).is_file():
+                    raise InvalidRequest(f"{source / name} is missing: an adapter folder has {WANTED}")
+            paths = [("files", source / name) for name in (*FILES, *TEXT_FILES) if (source / name).is_file()]
         elif source.is_file():
             if not source.name.endswith(ARCHIVES):
                 raise InvalidRequest(f"{source} is not a folder, nor an archive ({', '.join(ARCHIVES)})")
@@ -100,12 +98,53 @@ def _with_progress(stack: contextlib.ExitStack, path: Path) -> IO[bytes]:
 def _list(client: httpx.Client, arguments: argparse.Namespace) -> None:
     rows = [("NAME", "VERSION", *map(str.upper, _LISTED), "RESIDENT", "REQUESTS", "DIGEST")]
     for adapter in _call(client, "GET", "/v1/adapters")["data"]:
-        shown = adapter | {"primitives": "+".join(adapter["primitives"]), "digest": adapter["digest"][:12]}
+        shown = adapter | {
+            "primitives": "+".join(adapter["primitives"]),
+            "digest": adapter["digest"][:12],
+            "tasks": adapter["tasks"] or None,
+            "virtual": adapter["virtual_tokens"] or None,
+            "text": "+".join(_own_text(adapter)),
+            "bytes": _size(adapter["bytes"]),
+        }
         keys = ("id", "version", *_LISTED, "residency", "requests", "digest")
         rows.append(tuple("-" if shown[key] in (None, "") else str(shown[key]) for key in keys))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _own_text(adapter: dict[str, Any]) -> list[str]:
+    """What the adapter has instead of the base's."""
+    own = {"tokenizer": "own_tokenizer", "template": "own_chat_template", "ends": "end_tokens"}
+    return [word for word, key in own.items() if adapter[key]]
+
+
+def _size(count: int | None) -> str | None:
+    """Bytes in the unit that gives at most four digits."""
+    if count is None:
+        return None
+    for unit in ("B", "KiB", "MiB"):
+        if count < 10_000:
+            return f"{count} {unit}"
+        count = round(count / 1024)
+    return f"{count} GiB"
+
+
+def _show(client: httpx.Client, arguments: argparse.Namespace) -> None:
+    """Everything that is known of one adapter, a line each; then its versions."""
+    adapter = _call(client, "GET", _path(arguments.name))
+    versions = adapter.pop("versions")
+    adapter |= {"bytes": _size(adapter["bytes"]), "file_bytes": _size(adapter["file_bytes"])}
+    width = max(map(len, adapter))
+    for key, value in adapter.items():
+        lines = value if isinstance(value, list) else [value]
+        if key != "warnings":
+            lines = [", ".join(map(str, lines))]
+        for line in lines:
+            print(f"{key.ljust(width)}  {'-' if line in (None, '', 'None') else line}")
+    for each in versions:
+        mark = "current" if each["current"] else each.get("damage", "")
+        print(f"version {each['version']}  {each['digest'][:12]}  {mark}".rstrip())
 
 
 def _remove(client: httpx.Client, arguments: argparse.Namespace) -> None:
@@ -163,6 +202,7 @@ def _call(client: httpx.Client, method: str, path: str, **content: Any) -> dict[
 _ACTIONS: dict[str, Callable[[httpx.Client, argparse.Namespace], None]] = {
     "push": _push,
     "list": _list,
+    "show": _show,
     "rm": _remove,
     "alias": _alias,
     "rollback": _rollback,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 from fastapi import FastAPI
 
 import veneer
@@ -13,7 +17,13 @@ from veneer.server.state import ServerState
 
 def create_app(state: ServerState) -> FastAPI:
     """The application around `state`. The caller starts and stops `state.engine`."""
-    app = FastAPI(title="Veneer", version=veneer.__version__)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(state.texts.close)
+
+    app = FastAPI(title="Veneer", version=veneer.__version__, lifespan=lifespan)
     app.state.veneer = state
     app.add_middleware(AuthMiddleware, api_keys=state.config.api_keys, admin_key=state.config.admin_key)
     install_error_handlers(app)

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from veneer.errors import InvalidRequest
+from veneer.server.adapter_text import Text
 from veneer.server.conversation import template_messages
 from veneer.server.generation import Delta, Logprob, Usage
 from veneer.server.logprobs import chat_logprobs
@@ -30,30 +31,31 @@ async def chat_completions(request: Request) -> Response:
     return await respond(request, ROUTE, ChatRequest, prepare)
 
 
-def prepare(state: ServerState, body: ChatRequest) -> Prepared:
+def prepare(state: ServerState, text: Text, body: ChatRequest) -> Prepared:
     """Render and tokenize the conversation."""
-    if state.template is None:
+    template = text.template
+    if template is None:
         message = "The model has no chat template; send a prompt to /v1/completions."
         raise InvalidRequest(message, param="messages")
     for name in _OURS & body.chat_template_kwargs.keys():
         param = f"chat_template_kwargs.{name}"
         raise InvalidRequest(f"{param} is set by the server; leave it out.", param=param)
-    text = state.template.render(
-        template_messages(body.messages, state.template.source, state.metrics.unknown_field),
+    rendered = template.render(
+        template_messages(body.messages, template.source, state.metrics.unknown_field),
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         variables=body.chat_template_kwargs,
     )
-    prompt = state.tokenizer.encode(text, add_special_tokens=body.add_special_tokens)
+    prompt = text.tokenizer.encode(rendered, add_special_tokens=body.add_special_tokens)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return Prepared([prompt], "messages", logprobs, ChatFormat(state, body))
+    return Prepared([prompt], "messages", logprobs, ChatFormat(state, text.tokenizer, body))
 
 
 class ChatFormat:
     """OpenAI's `CreateChatCompletionResponse` and its chunks."""
 
-    def __init__(self, state: ServerState, body: ChatRequest) -> None:
-        self._tokenizer: TextTokenizer = state.tokenizer
+    def __init__(self, state: ServerState, tokenizer: TextTokenizer, body: ChatRequest) -> None:
+        self._tokenizer = tokenizer
         self._with_logprobs = body.logprobs
         self._frame: dict[str, Any] = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",

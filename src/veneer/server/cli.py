@@ -222,6 +222,7 @@ def _add_adapters(parser: argparse.ArgumentParser) -> None:
         "--allow-ineffective", action="store_true", help="take it also if it does not change the output"
     )
     action("list", "list adapters")
+    action("show", "show everything about an adapter, or one version of it as name@version", "name")
     action("rm", "delete an adapter with all its versions", "name")
     alias = action("alias", "point an alias at a name or name@version", "alias", optional="target")
     alias.add_argument("--remove", action="store_true", help="remove the alias instead")

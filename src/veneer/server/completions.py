@@ -8,10 +8,12 @@ from typing import Any, cast
 
 from fastapi import APIRouter, Request, Response
 
+from veneer.server.adapter_text import Text
 from veneer.server.generation import Delta, Logprob, Usage
 from veneer.server.logprobs import completion_logprobs
 from veneer.server.state import ServerState
 from veneer.server.streaming import Prepared, respond
+from veneer.server.text import TextTokenizer
 from veneer.server.wire import CompletionRequest
 
 router = APIRouter()
@@ -24,28 +26,31 @@ async def completions(request: Request) -> Response:
     return await respond(request, ROUTE, CompletionRequest, prepare)
 
 
-def prepare(state: ServerState, body: CompletionRequest) -> Prepared:
+def prepare(state: ServerState, text: Text, body: CompletionRequest) -> Prepared:
     """Tokenize the prompts; token ids are taken as they are."""
     given = body.prompt
     many = isinstance(given, list) and not isinstance(given[0], int)
     prompts = cast(list[str | list[int]], given if many else [given])
     encoded = [
-        state.tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens)
+        text.tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens)
         if isinstance(prompt, str)
         else prompt
         for prompt in prompts
     ]
     echoes = [""] * len(prompts)
     if body.echo:
-        echoes = [prompt if isinstance(prompt, str) else state.tokenizer.decode(prompt) for prompt in prompts]
-    return Prepared(encoded, "prompt", body.logprobs, CompletionFormat(state, body, echoes))
+        echoes = [prompt if isinstance(prompt, str) else text.tokenizer.decode(prompt) for prompt in prompts]
+    answer = CompletionFormat(state, text.tokenizer, body, echoes)
+    return Prepared(encoded, "prompt", body.logprobs, answer)
 
 
 class CompletionFormat:
     """OpenAI's `CreateCompletionResponse`, whole or in chunks of the same shape."""
 
-    def __init__(self, state: ServerState, body: CompletionRequest, echoes: list[str]) -> None:
-        self._tokenizer = state.tokenizer
+    def __init__(
+        self, state: ServerState, tokenizer: TextTokenizer, body: CompletionRequest, echoes: list[str]
+    ) -> None:
+        self._tokenizer = tokenizer
         self._with_logprobs = body.logprobs is not None
         self._frame: dict[str, Any] = {
             "id": f"cmpl-{uuid.uuid4().hex}",

@@ -15,6 +15,7 @@ from veneer.adapters.schema import AdapterVersion
 from veneer.engine.client import Generation, NewSequence
 from veneer.engine.messages import EngineInfo, SamplingParams, SequenceOutput, TokenLogprobs
 from veneer.errors import InvalidRequest
+from veneer.server.adapter_text import Text
 from veneer.server.state import ServerState
 from veneer.server.text import Entry, TextStream
 from veneer.server.wire import ChatRequest, CompletionRequest, GenerationRequest
@@ -81,15 +82,26 @@ def select_task(adapter: AdapterVersion | None, task_id: int | None) -> str | No
 
 
 def sampling_params(
-    body: GenerationRequest, info: EngineInfo, max_tokens: int, seed: int, logprobs: int | None
+    body: GenerationRequest,
+    vocabulary: int,
+    max_tokens: int,
+    seed: int,
+    logprobs: int | None,
+    end_tokens: Sequence[int] = (),
 ) -> SamplingParams:
-    """The engine's view of a body. Raises InvalidRequest for token ids outside of the vocabulary."""
-    check_tokens(body.stop_token_ids, info, "stop_token_ids")
+    """The engine's view of a body; `end_tokens` end the sequence beside the base's.
+
+    Raises InvalidRequest for token ids outside of the vocabulary.
+    """
+    check_tokens(body.stop_token_ids, vocabulary, "stop_token_ids")
+    stops = list(body.stop_token_ids)
+    if not body.ignore_eos:
+        stops += [token for token in end_tokens if token < vocabulary and token not in stops]
     if body.min_tokens > max_tokens:
         message = f"min_tokens={body.min_tokens} is more than the {max_tokens} tokens that may be generated."
         raise InvalidRequest(message, param="min_tokens")
     # top_p = 0 keeps the most likely token alone, which is top_k = 1.
-    top_k = 1 if body.top_p == 0 else min(max(body.top_k, 0), info.vocab_size)
+    top_k = 1 if body.top_p == 0 else min(max(body.top_k, 0), vocabulary)
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=0.0 if body.temperature < GREEDY_BELOW else body.temperature,
@@ -99,10 +111,10 @@ def sampling_params(
         repetition_penalty=body.repetition_penalty,
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,
-        logit_bias={_bias_token(key, info): value for key, value in body.logit_bias.items()},
+        logit_bias={_bias_token(key, vocabulary): value for key, value in body.logit_bias.items()},
         seed=seed,
         min_tokens=body.min_tokens,
-        stop_token_ids=body.stop_token_ids,
+        stop_token_ids=stops,
         ignore_eos=body.ignore_eos,
         logprobs=logprobs,
     )
@@ -142,18 +154,19 @@ def token_limit(
     return room if asked is None else asked
 
 
-def check_tokens(tokens: Sequence[int], info: EngineInfo, param: str) -> None:
-    wrong = next((token for token in tokens if token >= info.vocab_size), None)
+def check_tokens(tokens: Sequence[int], vocabulary: int, param: str) -> None:
+    """`vocabulary` is how many ids there are rows for: the base's, and those that the adapter adds."""
+    wrong = next((token for token in tokens if token >= vocabulary), None)
     if wrong is not None:
-        rule = f"the vocabulary has the ids 0 to {info.vocab_size - 1}"
+        rule = f"the vocabulary has the ids 0 to {vocabulary - 1}"
         raise InvalidRequest(f"{param}: there is no token {wrong}; {rule}.", param=param)
 
 
-def _bias_token(key: str, info: EngineInfo) -> int:
+def _bias_token(key: str, vocabulary: int) -> int:
     if not (key.isascii() and key.isdigit() and len(key) < 10):
         message = f"logit_bias: the key {key[:40]!r} must be a token id, written as a decimal number."
         raise InvalidRequest(message, param="logit_bias")
-    check_tokens([int(key)], info, "logit_bias")
+    check_tokens([int(key)], vocabulary, "logit_bias")
     return int(key)
 
 
@@ -179,6 +192,7 @@ class Run:
         body: GenerationRequest,
         prompts: list[list[int]],
         *,
+        text: Text,
         adapter: AdapterVersion | None,
         param: str,
         logprobs: int | None,
@@ -192,16 +206,20 @@ class Run:
                 f"n: {count} sequences were requested; one request may have {state.config.max_sequences}."
             )
             raise InvalidRequest(message, param="n")
-        self._state, self._body, self._received = state, body, received
+        self._state, self._body, self._received, self._tokenizer = state, body, received, text.tokenizer
         self._key = select_task(adapter, body.task_id)
         self._name = adapter.name if adapter else None
-        virtual_tokens = int(adapter.details.get("virtual_tokens", 0)) if adapter else 0
+        details = adapter.details if adapter else {}
+        virtual_tokens = int(details.get("virtual_tokens", 0))
+        vocabulary = info.vocab_size + int(details.get("added_tokens", 0))
         self._sequences: list[NewSequence] = []
         for prompt in prompts:
-            check_tokens(prompt, info, param)
+            check_tokens(prompt, vocabulary, param)
             limit = token_limit(body, prompt, info, param, virtual_tokens)
             for choice in range(body.n):
-                sampling = sampling_params(body, info, limit, derived_seed(seed, choice), logprobs)
+                sampling = sampling_params(
+                    body, vocabulary, limit, derived_seed(seed, choice), logprobs, text.end_tokens
+                )
                 self._sequences.append(NewSequence(prompt, sampling))
         self._choices = [_Choice(self._text_stream(prompt)) for prompt, _ in self._sequences]
         self._first_token_seen = False
@@ -214,7 +232,7 @@ class Run:
     def _text_stream(self, prompt: Sequence[int]) -> TextStream:
         body = self._body
         return TextStream(
-            self._state.tokenizer,
+            self._tokenizer,
             prompt,
             stop=body.stops,
             include_stop=body.include_stop_str_in_output,

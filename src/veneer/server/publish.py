@@ -1,6 +1,7 @@
 """Bringing adapters into service and taking them out: the steps behind the adapter routes and `--lora-modules`.
 
-    publish   reserve the name → fill a staging folder → the engine checks it → the store commits it
+    publish   reserve the name → fill a staging folder → its text files are read → the engine checks it
+              → the store commits it
     delete    the name is gone → running requests end → the engine forgets it → the files go
 
 Each step that blocks runs in a thread. Whatever fails, the staging folder and the reservation go.
@@ -13,7 +14,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -23,13 +24,14 @@ from veneer.adapters.sources import from_folder, from_hub
 from veneer.adapters.staging import Staging
 from veneer.engine.messages import AdapterInfo
 from veneer.errors import EngineUnavailable, InvalidRequest, NotFound, VeneerError
+from veneer.server.adapter_text import Text
 from veneer.server.state import ServerState
 
 log = logging.getLogger(__name__)
 
 DELETE_WAIT = 30.0  # seconds a DELETE waits for running requests before it answers 202
 
-Fill = Callable[[Staging], object]  # writes an adapter's two files; runs in a thread
+Fill = Callable[[Staging], object]  # writes an adapter's files; runs in a thread
 _T = TypeVar("_T")
 _deletes: set[asyncio.Task[None]] = set()  # asyncio keeps only weak references to tasks
 
@@ -54,11 +56,15 @@ async def publish(
         digest = await asyncio.to_thread(staging.digest)
         if unless_known and (known := await asyncio.to_thread(_known, state, name, digest)):
             return known
+        text = await state.texts.run(lambda: state.texts.read(staging.path))
         info = await state.engine.check_adapter(
             str(staging.path), digest, allow_ineffective=allow_ineffective
         )
         details = msgspec.to_builtins(info)
         details["warnings"] = [*info.warnings, *_base_warnings(state, info)]
+        if text.tokenizer is not state.texts.base.tokenizer:
+            details["warnings"] += await state.texts.run(lambda: _token_warnings(state, text, info))
+        details |= _text_details(state, text)
         record = await asyncio.to_thread(state.store.commit, staging, name, details)
     if record.created:
         log.info("adapter %s@%d: %s", record.name, record.version, record.digest)
@@ -133,6 +139,7 @@ async def _finish_delete(state: ServerState, digests: Sequence[str]) -> None:
             await state.engine.drop_adapter(digest)
         except EngineUnavailable:
             pass  # an engine that starts again knows nothing of it
+        state.texts.forget(digest)
     await asyncio.to_thread(state.store.finish_delete, digests)
 
 
@@ -149,6 +156,28 @@ def _base_warnings(state: ServerState, info: AdapterInfo) -> list[str]:
     return [
         f"the adapter's config names the base {info.base_model!r}, this server's is {state.served_name!r}; "
         "its shapes fit, but its outputs may be of no use unless the two are the same weights"
+    ]
+
+
+def _text_details(state: ServerState, text: Text) -> dict[str, Any]:
+    """What the adapter has of its own to make text of tokens and tokens of text."""
+    base = state.texts.base
+    return {
+        "own_tokenizer": text.tokenizer is not base.tokenizer,
+        "own_chat_template": text.template is not base.template,
+        "end_tokens": list(text.end_tokens),
+    }
+
+
+def _token_warnings(state: ServerState, text: Text, info: AdapterInfo) -> list[str]:
+    """One warning when the tokenizer has tokens that neither the base nor the adapter has rows for."""
+    rows = state.engine.require_ready().vocab_size + info.added_tokens
+    tokens = text.tokenizer.num_ids()
+    if tokens <= rows:
+        return []
+    return [
+        f"tokenizer.json has ids up to {tokens - 1} and there are rows for 0 to {rows - 1}; "
+        "a request whose prompt has a token beyond is refused"
     ]
 
 

@@ -249,7 +249,7 @@ async def _greeting(state: ServerState, url: str) -> str:
 
 
 def _curl(state: ServerState, url: str, model: str, key: str) -> str:
-    if state.template is not None:
+    if state.texts.base.template is not None:
         route = "chat/completions"
         body = {"model": model, "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 32}
     else:

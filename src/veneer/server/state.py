@@ -1,4 +1,4 @@
-"""What every route shares: configuration, engine, store, tokenizer, metrics and the requests in flight.
+"""What every route shares: configuration, engine, store, tokenizers, metrics and the requests in flight.
 
 One `ServerState` lives at `app.state.veneer`. Imports no torch.
 """
@@ -20,8 +20,7 @@ from fastapi import Request
 import veneer
 from veneer.adapters.store import AdapterStore
 from veneer.engine.client import EngineClient
-from veneer.server.template import ChatTemplate
-from veneer.server.text import TextTokenizer, read_special_tokens
+from veneer.server.adapter_text import AdapterTexts, base_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,18 +98,16 @@ class ServerState:
     engine: EngineClient
     store: AdapterStore
     served_name: str  # the base's model id
-    model_folder: Path  # holds tokenizer.json and the chat template
+    model_folder: Path  # holds the base's tokenizer.json and chat template
     config: ServerConfig
     metrics: Metrics
     in_flight: InFlight = field(default_factory=InFlight)
     started: int = field(default_factory=lambda: int(time.time()))
     registering: bool = False  # adapters of the command line are still being added: /ready waits for them
-    tokenizer: TextTokenizer = field(init=False)
-    template: ChatTemplate | None = field(init=False)
+    texts: AdapterTexts = field(init=False)
 
     def __post_init__(self) -> None:
-        self.tokenizer = TextTokenizer(self.model_folder)
-        self.template = ChatTemplate.load(self.model_folder, read_special_tokens(self.model_folder))
+        self.texts = AdapterTexts(base_text(self.model_folder), self.store.blob)
 
     @property
     def fingerprint(self) -> str:

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import aclosing, contextmanager
+from functools import partial
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import msgspec
@@ -21,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from veneer.adapters.schema import AdapterVersion
 from veneer.errors import VeneerError
+from veneer.server.adapter_text import Text
 from veneer.server.errors import INTERNAL, error_body
 from veneer.server.generation import Delta, Run, Usage, select_adapter
 from veneer.server.state import ServerState, state_of
@@ -59,7 +61,7 @@ class Prepared(NamedTuple):
     format: Format
 
 
-Prepare = Callable[[ServerState, Body], Prepared]
+Prepare = Callable[[ServerState, Text, Body], Prepared]
 
 
 async def respond(request: Request, route: str, kind: type[Body], prepare: Prepare[Body]) -> Response:
@@ -122,13 +124,14 @@ class _Exchange(Generic[Body]):
         self._adapter = adapter = select_adapter(state, body.model)
         with _counted(state, self._route, adapter):
             state.engine.require_ready()
-            prepare = self._prepare
-            ready = prepare(state, body) if self.inline else await asyncio.to_thread(prepare, state, body)
+            text = await state.texts.of(adapter)
+            ready = await self._ready(text)
             self._format = ready.format
             with Run(
                 state,
                 body,
                 ready.prompts,
+                text=text,
                 adapter=adapter,
                 param=ready.param,
                 logprobs=ready.logprobs,
@@ -138,6 +141,12 @@ class _Exchange(Generic[Body]):
                 async with aclosing(run.deltas()) as deltas:
                     async for delta in deltas:
                         yield delta
+
+    async def _ready(self, text: Text) -> Prepared:
+        prepare = partial(self._prepare, self._state, text, self._body)
+        if text.is_slow:
+            return await self._state.texts.run(prepare)
+        return prepare() if self.inline else await asyncio.to_thread(prepare)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from veneer.errors import InvalidRequest
+from veneer.server.text import read_json
 
 _CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "  # marks where a continued message ends in the rendered text
 
@@ -35,7 +36,7 @@ class ChatTemplate:
     @classmethod
     def load(cls, folder: Path, special_tokens: Mapping[str, str]) -> ChatTemplate | None:
         """The default template of a model folder; None when it has none."""
-        source = _read_source(folder)
+        source = read_source(folder)
         return None if source is None else cls(source, special_tokens)
 
     def render(
@@ -79,23 +80,30 @@ def _cannot_continue(reason: str) -> InvalidRequest:
     return InvalidRequest(message, param="continue_final_message")
 
 
-def _read_source(folder: Path) -> str | None:
-    """`chat_template.jinja` wins over tokenizer_config.json, as in transformers; of several, "default"."""
+def read_source(folder: Path) -> str | None:
+    """The chat template of a folder, if it has one. Raises InvalidRequest.
+
+    `chat_template.jinja` wins over tokenizer_config.json, as in transformers; of several, "default".
+    """
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
-    config = folder / "tokenizer_config.json"
-    found = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
-    if isinstance(found, list):
-        named = {entry["name"]: entry["template"] for entry in found}
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InvalidRequest(f"{file.name} is not text in UTF-8: {error}.") from error
+    found = read_json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(found, list) and all(isinstance(entry, dict) for entry in found):
+        named = {str(entry.get("name")): entry.get("template") for entry in found}
         if "default" not in named:
             names = ", ".join(sorted(named))
             raise InvalidRequest(
-                f"{config} has several chat templates ({names}) and none is named 'default'."
+                f"tokenizer_config.json has several chat templates ({names}) and none is named 'default'."
             )
         found = named["default"]
     if found is not None and not isinstance(found, str):
-        raise InvalidRequest(f"{config}: chat_template must be text or a list of named templates.")
+        raise InvalidRequest(
+            "tokenizer_config.json: chat_template must be text or a list of named templates."
+        )
     return found
 
 

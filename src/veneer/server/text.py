@@ -8,27 +8,37 @@ the prompt's text. Stop strings are found wherever tokens cut them.
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from tokenizers import Tokenizer
 
-from veneer.errors import InvalidRequest
+from veneer.errors import InvalidRequest, VeneerError
+
+Value = TypeVar("Value")
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 def read_special_tokens(folder: Path) -> dict[str, str]:
-    """The named special tokens that a chat template sees, as transformers passes them."""
-    config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
-    found = {name: config.get(name) for name in _SPECIAL}
-    return {
-        name: token["content"] if isinstance(token, dict) else token for name, token in found.items() if token
-    }
+    """The named special tokens that a chat template sees, as transformers passes them. Raises InvalidRequest."""
+    config = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
+    found = {}
+    for name in _SPECIAL:
+        token = config.get(name)
+        text = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(text, str | None) or (text is None and token):
+            raise InvalidRequest(
+                f"tokenizer_config.json: {name} must be text or an added token (got {token})."
+            )
+        if text:
+            found[name] = text
+    return found
 
 
 class _DecoderKind(NamedTuple):
@@ -38,26 +48,48 @@ class _DecoderKind(NamedTuple):
 
 
 class TextTokenizer:
-    """A model folder's tokenizer.json, which alone decides about BOS and EOS (as in transformers 5).
+    """A tokenizer.json, which alone decides about BOS and EOS (as in transformers 5).
 
     Safe to use from several threads.
+
+    Attributes:
+        definition: the file as the library writes it, but for the vocabulary.
+        fingerprint: equal for tokenizers that do the same.
     """
 
-    def __init__(self, folder: Path) -> None:
-        file = folder / "tokenizer.json"
-        if not file.is_file():
-            raise InvalidRequest(f"{folder} has no tokenizer.json; save the model with its fast tokenizer.")
-        self._tokenizer = Tokenizer.from_file(str(file))
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        decoder = json.loads(self._tokenizer.to_str())["decoder"]
-        self._decoder = _decoder_kind(decoder, folder)
+        written = self._tokenizer.to_str()
+        self.fingerprint = hashlib.sha256(written.encode()).digest()
+        self.definition: dict[str, Any] = json.loads(written)
+        self.definition["model"] = {"type": self.definition["model"]["type"]}
+        self._decoder = _decoder_kind(self.definition["decoder"])
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
         self._bytes: dict[int, bytes] = {}
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        """Token ids. Raises InvalidRequest when the tokenizer fails on the text."""
+        encoded = guarded(lambda: self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        return list(encoded.ids)
+
+    @classmethod
+    def load(cls, folder: Path) -> TextTokenizer:
+        """The one of a model's folder. Raises InvalidRequest when there is none."""
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise InvalidRequest(f"{folder} has no tokenizer.json; save the model with its fast tokenizer.")
+        return cls(Tokenizer.from_file(str(file)))
+
+    def token_id(self, token: str) -> int | None:
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
+
+    def num_ids(self) -> int:
+        """One more than the largest id of a token. Takes tens of milliseconds for a large vocabulary."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
@@ -198,7 +230,7 @@ class TextStream:
         return Piece(text, entries)
 
 
-def _decoder_kind(decoder: dict[str, Any] | None, folder: Path) -> _DecoderKind:
+def _decoder_kind(decoder: dict[str, Any] | None) -> _DecoderKind:
     """Raises InvalidRequest for a decoder not known here."""
     parts = (decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]) if decoder else []
     known = [
@@ -214,11 +246,25 @@ def _decoder_kind(decoder: dict[str, Any] | None, folder: Path) -> _DecoderKind:
         return _DecoderKind(True, False, False)
     if not all(known) or not kinds & {"Metaspace", "Replace"} or "ByteLevel" in kinds:
         raise InvalidRequest(
-            f"{folder / 'tokenizer.json'} has the decoder {decoder}, which is not supported: "
+            f"tokenizer.json has the decoder {decoder}, which is not supported: "
             "it must be ByteLevel, or sentencepiece's Replace/ByteFallback/Fuse/Strip or Metaspace."
         )
     prefixed = any(part["type"] == "Metaspace" and part.get("prepend_scheme") != "never" for part in parts)
     return _DecoderKind("ByteLevel" in kinds, "ByteFallback" in kinds, prefixed or "Strip" in kinds)
+
+
+def guarded(work: Callable[[], Value]) -> Value:
+    """What `work` returns. Whatever the tokenizers library raises, a panic too, is an InvalidRequest."""
+    try:
+        return work()
+    except VeneerError:
+        raise
+    except Exception as error:
+        raise InvalidRequest(f"the tokenizer fails: {error}") from error
+    except BaseException as error:
+        if type(error).__module__ != "pyo3_runtime":  # its PanicException is no Exception
+            raise
+        raise InvalidRequest(f"the tokenizer fails: {error}") from error
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -237,6 +283,14 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTE_OF = _byte_alphabet()
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return found if isinstance(found, dict) else {}
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; an empty one when there is no such file. Raises InvalidRequest for anything else."""
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{file.name} is not valid JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise InvalidRequest(f"{file.name} must be a JSON object.")
+    return found

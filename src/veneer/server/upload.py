@@ -20,9 +20,9 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from veneer.adapters.archive import unpack
-from veneer.adapters.names import CONFIG_FILE, CONFIG_LIMIT, WEIGHTS_FILE
+from veneer.adapters.names import CONFIG_FILE, WANTED, WEIGHTS_FILE
 from veneer.adapters.sources import from_hub
-from veneer.adapters.staging import Staging
+from veneer.adapters.staging import Staging, file_limits
 from veneer.errors import AdapterRefused, InvalidRequest, StorageFull, TooLarge
 
 FORM_OVERHEAD = 1 << 20  # bytes of a form besides its files: boundaries, headers, short fields
@@ -53,18 +53,17 @@ class Upload:
     allow_ineffective: bool = False
 
     def fill(self, staging: Staging, limit: int) -> None:
-        """Write the adapter's two files. Blocks; runs in a thread."""
+        """Write the adapter's files. Blocks; runs in a thread."""
         if self.source is not None:
             from_hub(self.source, staging, limit, revision=self.revision)
         elif self.archive is not None:
             unpack(self.archive.file, staging, limit)
-        limits = {CONFIG_FILE: CONFIG_LIMIT, WEIGHTS_FILE: limit}
+        limits = file_limits(limit)
         for upload in self.files:
             filename = upload.filename or ""
             if filename not in limits:
                 raise AdapterRefused(
-                    f"the file {filename[:200]!r} is not read; send {CONFIG_FILE} and {WEIGHTS_FILE}, "
-                    "by these names",
+                    f"the file {filename[:200]!r} is not read; send {WANTED}, by these names",
                     param="files",
                 )
             staging.write(filename, iter(partial(upload.file.read, CHUNK), b""), limits[filename])
@@ -108,7 +107,9 @@ async def _read_json(request: Request) -> Upload:
 
 async def _read_form(request: Request, limit: int) -> FormData:
     stream = _limited(request, limit + FORM_OVERHEAD)
-    parser = MultiPartParser(request.headers, stream, max_files=2, max_fields=4, max_part_size=FIELD_LIMIT)
+    parser = MultiPartParser(
+        request.headers, stream, max_files=len(file_limits(0)), max_fields=4, max_part_size=FIELD_LIMIT
+    )
     try:
         return await parser.parse()
     except MultiPartException as error:
