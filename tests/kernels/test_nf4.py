@@ -304,13 +304,13 @@ def test_stored_labels_are_a_permutation_whose_halves_agree_in_signs() -> None:
 
 
 CHOSEN = [plan(rows, 4096, 4096, Device()) for rows in (16, 32, 64, 128)]
-WITHOUT_WGMMA = [replace(sizes, wgmma=False, dependent_launch=False) for sizes in CHOSEN[:3]]
+WITHOUT_WGMMA = [plan(rows, 4096, 4096, Device(132, False, False)) for rows in (16, 32, 64)]
 
 
 @pytest.mark.parametrize(
     ("sizes", "groups"),
     [*((sizes, 1) for sizes in CHOSEN + WITHOUT_WGMMA), *((sizes, 3) for sizes in CHOSEN)],
-    ids=lambda s: f"{s.block_m}-{s.wgmma}" if isinstance(s, Nf4Plan) else str(s),
+    ids=lambda s: f"{s.block_m}-{s.dependent_launch}" if isinstance(s, Nf4Plan) else str(s),
 )
 def test_every_plan_compiles_and_keeps_weights_in_registers(
     sizes: Nf4Plan, groups: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -355,12 +355,12 @@ def test_every_plan_compiles_and_keeps_weights_in_registers(
     # ptxas waits after every product when it cannot tell that they may overlap.
     assert not sizes.wgmma or 4 * code.count("WARPGROUP.DEPBAR") <= code.count("HGMMA")
     registers = int(re.search(r"REG:(\d+)", code)[1])  # type: ignore[index]
-    programs = {16: 4, 32: 3, 64: 2, 128: 1}[sizes.block_m]
+    programs = ({32: 2, 64: 2, 128: 2} if sizes.wgmma else {16: 4, 32: 3, 64: 2})[sizes.block_m]
     assert registers * 32 * sizes.warps * programs <= 1 << 16
     shared = compiled.metadata.shared + (32768 if sizes.lookup else 0)
     assert shared * programs <= 227 << 10
-    # A launch with a static table opts in to more than 48 KiB only for what is allocated dynamically.
-    assert not sizes.lookup or shared <= 48 << 10
+    # A launch with a static table opts in to more than 48 KiB only when what is allocated dynamically needs it.
+    assert not sizes.lookup or shared <= 48 << 10 or compiled.metadata.shared > 48 << 10
 
 
 # The matmul
@@ -428,12 +428,12 @@ def plans(case: Case) -> Iterator[Nf4Plan]:
 @needs_cuda
 @pytest.mark.parametrize("case", SMALL + LARGE, ids=ids)
 def test_compiled_triton_matches_float64(case: Case) -> None:
-    """The output is rounded to bf16 once; many rows multiply a weight that was rounded to bf16 as well."""
+    """The output is rounded to bf16 once; over 16 rows multiply weights that were rounded to bf16 as well."""
     x, bias = random_inputs(case, torch.bfloat16)
     weight = pack_nf4(random_codes(case.outputs, case.inputs))
     guarded = poisoned(case, torch.bfloat16)
     nf4_matmul(x, weight, bias, guarded[1:-1])
-    assert_close(guarded[1:-1], x, weight, bias, 2.5e-3 if case.rows <= FUSED_ROWS else 4e-3, 2e-2)
+    assert_close(guarded[1:-1], x, weight, bias, 2.5e-3 if case.rows <= 16 else 4e-3, 2e-2)
     assert guarded[0].isnan().all()
     assert guarded[-1].isnan().all()
 
@@ -449,7 +449,7 @@ def test_every_plan_gives_the_same_within_rounding() -> None:
         for sizes in plans(case):
             out = torch.full((case.rows, case.outputs), math.nan, dtype=torch.bfloat16, device=DEVICE)
             nf4_matmul_triton(x, weight, bias, out, sizes=sizes)
-            assert_close(out, x, weight, bias, 2.5e-3, 2e-2)
+            assert_close(out, x, weight, bias, 4e-3 if sizes.wgmma else 2.5e-3, 2e-2)
 
 
 @pytest.mark.gpu

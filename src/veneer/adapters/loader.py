@@ -212,8 +212,8 @@ class Loader:
                 if after is not None:
                     self._stream.wait_event(after)
                 # In pieces: a step's few bytes of metadata go the same way and would wait for one long copy.
-                for at in range(0, place.size, PIECE):
-                    target[at : at + PIECE].copy_(packed.blob[at : at + PIECE], non_blocking=True)
+                # All in one call: each call from here would take the interpreter from the step's thread.
+                torch._foreach_copy_(target.split(PIECE), packed.blob.split(PIECE), non_blocking=True)
                 copied.record(self._stream)
             copied.synchronize()
         self.cache.trim()

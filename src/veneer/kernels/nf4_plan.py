@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 FUSED_ROWS = 256  # up to this many rows decode inside the matmul; more dequantize once and use cuBLAS
 MAX_SPLITS = 16
@@ -34,8 +35,35 @@ class Nf4Plan:
     split_pairs: int = 1  # of blocks of 64 columns
     stages: int = 3
     lookup: bool = False  # decode by a table in shared memory, not by byte permutes
-    wgmma: bool = False
+    wgmma: bool = False  # and weights are scaled before the product
     dependent_launch: bool = False
+
+
+class _Shape(NamedTuple):
+    """What was found best for a block of rows."""
+
+    tiles: int
+    wide: bool  # four warps for each tile, rather than four in all
+    stages: int
+    lookup: bool
+    wgmma: bool
+    resident: int  # programs of a multiprocessor at once
+
+
+_SMALLEST = _Shape(tiles=2, wide=False, stages=3, lookup=True, wgmma=False, resident=4)
+_MMA = {
+    16: _SMALLEST,
+    32: _Shape(tiles=1, wide=True, stages=3, lookup=False, wgmma=False, resident=4),
+    64: _Shape(tiles=1, wide=True, stages=3, lookup=False, wgmma=False, resident=2),
+    128: _Shape(tiles=2, wide=True, stages=3, lookup=False, wgmma=False, resident=2),
+}
+# The rings of 32 and 64 rows take over 48 KiB because a launch with a static table is refused from 16 to 48.
+_WGMMA = {
+    16: _SMALLEST,
+    32: _Shape(tiles=2, wide=True, stages=7, lookup=True, wgmma=True, resident=2),
+    64: _Shape(tiles=2, wide=True, stages=4, lookup=True, wgmma=True, resident=2),
+    128: _Shape(tiles=1, wide=True, stages=2, lookup=False, wgmma=True, resident=3),
+}
 
 
 def plan(rows: int, out_features: int, in_features: int, device: Device) -> Nf4Plan:
@@ -58,17 +86,15 @@ def make_plan(
 ) -> Nf4Plan:
     """A fused plan with the given block of rows; tiles, and the splits that cost least, unless they are given.
 
-    With up to 32 rows a program leaves room for three others on its multiprocessor, which it needs to hide
-    loads. Two tiles share a lookup table and a block of x, where the sums leave registers for it.
+    Several tiles share a lookup table and a block of x, where the sums leave registers for it.
     """
-    small = block_m == 16
-    tiles = tiles or (2 if small or block_m == 128 else 1)
-    wanted = 4 if block_m <= 32 else 2  # programs of a multiprocessor at once
+    shape = (_WGMMA if device.wgmma else _MMA)[block_m]
+    tiles = tiles or shape.tiles
     pairs = _ceil_div(in_features, 128)
     programs = _ceil_div(out_features, 64 * tiles) * _ceil_div(rows, block_m)
 
     def cost(count: int) -> float:
-        resident = max(_ceil_div(programs * count, device.multiprocessors), wanted)
+        resident = max(_ceil_div(programs * count, device.multiprocessors), shape.resident)
         planes = 8 * count * rows * out_features / PLANE_BYTES if count > 1 else 0.0
         return resident * (_ceil_div(pairs, count) + FILL) + planes
 
@@ -78,12 +104,13 @@ def make_plan(
     return Nf4Plan(
         fused=True,
         tiles=tiles,
-        warps=8 if block_m == 128 else 4,
+        warps=4 * tiles if shape.wide else 4,
         block_m=block_m,
         splits=_ceil_div(pairs, split_pairs),
         split_pairs=split_pairs,
-        lookup=small,
-        wgmma=not small and device.wgmma,
+        stages=shape.stages,
+        lookup=shape.lookup,
+        wgmma=shape.wgmma,
         dependent_launch=device.dependent_launch,
     )
 

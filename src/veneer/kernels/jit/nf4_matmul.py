@@ -6,10 +6,12 @@ own fragment of the matrix unit's left operand: no weight is ever exchanged betw
 Two ways of decoding, two ways of multiplying, chosen by the plan:
 
 LOOKUP   A table of all 256 pairs of values in shared memory, a copy for each lane, so that no two lanes share a
-         bank: 12 instructions for 8 weights. It takes 32 KiB, so it is for the smallest blocks of rows.
+         bank: 12 instructions for 8 weights. It takes 32 KiB.
 else     Byte permutes on tables in registers: 19 instructions of the integer unit for 8 weights.
-WGMMA    Hopper's asynchronous product: one block of columns is decoded while the one before is multiplied.
-else     mma.sync, whose short dependences the other warps hide.
+WGMMA    Hopper's asynchronous product: one block of columns is decoded while the one before is multiplied. Weights
+         are scaled before it, in bfloat16, so that it goes on adding to one sum: scaling each product instead took
+         twice the registers and one operation for each row and 64 weights.
+else     mma.sync, whose short dependences the other warps hide. Products are scaled in float32.
 
 Weights, scales and tables never change, so they are fetched before waiting for the kernel that makes x
 (programmatic dependent launch).
@@ -89,6 +91,33 @@ mov.b32 {$4, $5}, c;
 mov.b32 {$6, $7}, d;
 }""")
 LOOK_UP_CONSTRAINTS = gl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,r")
+# $0, $1: the two float16 scales of the word $2, each twice in bfloat16.
+TWICE = gl.constexpr("""{
+.reg .f16 l, h;
+.reg .f32 f;
+mov.b32 {l, h}, $2;
+cvt.f32.f16 f, l;
+cvt.rn.bf16x2.f32 $0, f, f;
+cvt.f32.f16 f, h;
+cvt.rn.bf16x2.f32 $1, f, f;
+}""")
+# $0-$7: the values $8-$15 times the scale of their row: $16 of a word's first row, $17 of the one 8 further.
+SCALE = gl.constexpr("""{
+.reg .b32 a, b, c, d;
+mov.b32 a, {$8, $9};
+mov.b32 b, {$10, $11};
+mov.b32 c, {$12, $13};
+mov.b32 d, {$14, $15};
+mul.rn.bf16x2 a, a, $16;
+mul.rn.bf16x2 b, b, $17;
+mul.rn.bf16x2 c, c, $16;
+mul.rn.bf16x2 d, d, $17;
+mov.b32 {$0, $1}, a;
+mov.b32 {$2, $3}, b;
+mov.b32 {$4, $5}, c;
+mov.b32 {$6, $7}, d;
+}""")
+SCALE_CONSTRAINTS = gl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,h,h,h,h,h,h,h,h,r,r")
 AWAIT = gl.constexpr("griddepcontrol.wait; griddepcontrol.launch_dependents; mov.u32 $0, 0;")
 
 
@@ -114,14 +143,14 @@ def load_tables(tables, lane, LOOKUP: gl.constexpr):
 
 
 @gluon.jit
-def decode(words, table, TILES: gl.constexpr, LOOKUP: gl.constexpr, operand: gl.constexpr):
-    """Words [TILES * 128, 4] -> the unscaled weights [TILES * 64, 64] as a left operand."""
+def decode(words, table, LOOKUP: gl.constexpr):
+    """Words [TILES * 128, 4] -> the unscaled values of their nibbles, eight tensors of that shape."""
     if LOOKUP:
-        v0, v1, v2, v3, v4, v5, v6, v7 = gl.inline_asm_elementwise(
+        values = gl.inline_asm_elementwise(
             LOOK_UP, LOOK_UP_CONSTRAINTS, [words, table], dtype=(gl.bfloat16,) * 8, is_pure=True, pack=1
         )
     else:
-        v0, v1, v2, v3, v4, v5, v6, v7 = gl.inline_asm_elementwise(
+        values = gl.inline_asm_elementwise(
             DECODE,
             DECODE_CONSTRAINTS,
             [words, table[0], table[1], table[2], table[3], table[4], table[5], table[6], table[7]],
@@ -129,12 +158,43 @@ def decode(words, table, TILES: gl.constexpr, LOOKUP: gl.constexpr, operand: gl.
             is_pure=True,
             pack=1,
         )
-    left = gl.join(gl.join(v0, v1), gl.join(v2, v3))
-    right = gl.join(gl.join(v4, v5), gl.join(v6, v7))
-    values = gl.join(left, right)  # [lane, k16 step, column bit 0, row bit 3, column bit 3]
-    values = gl.reshape(values, [TILES * 4, 8, 4, 4, 2, 2, 2])
-    values = gl.permute(values, [0, 5, 1, 3, 6, 2, 4])
-    return gl.convert_layout(gl.reshape(values, [TILES * 64, 64]), operand, assert_trivial=True)
+    return values
+
+
+@gluon.jit
+def as_operand(values, TILES: gl.constexpr, operand: gl.constexpr):
+    """Eight tensors of `decode` -> the weights [TILES * 64, 64] as a left operand."""
+    left = gl.join(gl.join(values[0], values[1]), gl.join(values[2], values[3]))
+    right = gl.join(gl.join(values[4], values[5]), gl.join(values[6], values[7]))
+    joined = gl.join(left, right)  # [lane, k16 step, column bit 0, row bit 3, column bit 3]
+    joined = gl.reshape(joined, [TILES * 4, 8, 4, 4, 2, 2, 2])
+    joined = gl.permute(joined, [0, 5, 1, 3, 6, 2, 4])
+    return gl.convert_layout(gl.reshape(joined, [TILES * 64, 64]), operand, assert_trivial=True)
+
+
+@gluon.jit
+def scaled(values, low, high, TILES: gl.constexpr, operand: gl.constexpr):
+    """`as_operand` of values times the scales of their rows, rounded to bfloat16.
+
+    low, high: scales [TILES * 128, 1] of a word's first row and of the one 8 further, from `twice`.
+    """
+    values = gl.inline_asm_elementwise(
+        SCALE,
+        SCALE_CONSTRAINTS,
+        [values[0], values[1], values[2], values[3], values[4], values[5], values[6], values[7], low, high],
+        dtype=(gl.bfloat16,) * 8,
+        is_pure=True,
+        pack=1,
+    )
+    return as_operand(values, TILES, operand)
+
+
+@gluon.jit
+def twice(word):
+    """The two float16 scales of each word in bfloat16, each twice in a word of its own."""
+    return gl.inline_asm_elementwise(
+        TWICE, "=r,=r,r", [word], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+    )
 
 
 @gluon.jit
@@ -208,10 +268,15 @@ def matmul(
     words = packed + ((tile + lane // 128).to(gl.int64) * pairs * 1024 + lane % 128 * 4)[:, None]
     words += gl.arange(0, 4, gl.SliceLayout(0, word_layout))[None, :]
     n = gl.arange(0, TILES * 64, gl.SliceLayout(1, acc))
-    scale_rows = scales + (tile + n // 64).to(gl.int64) * pairs * 64 + n % 64
+    if WGMMA:
+        row = lane % 128 // 32 * 16 + lane % 32 // 4
+        scale_rows = scales + ((tile + lane // 128).to(gl.int64) * pairs * 64 + row)[:, None]
+    else:
+        scale_rows = scales + (tile + n // 64).to(gl.int64) * pairs * 64 + n % 64
     words0 = gl.load(words + first * 1024)
     words1 = gl.load(words + first * 1024 + 512)
     scale = gl.load(scale_rows + first * 64)
+    scale_high = gl.load(scale_rows + first * 64 + 8) if WGMMA else scale
     if PDL:
         gl.inline_asm_elementwise(AWAIT, "=r,r", [rows], dtype=gl.int32, is_pure=False, pack=1)
 
@@ -239,6 +304,7 @@ def matmul(
         next0 = gl.load(words + ahead * 1024)
         next1 = gl.load(words + ahead * 1024 + 512)
         next_scale = gl.load(scale_rows + ahead * 64)
+        next_high = gl.load(scale_rows + ahead * 64 + 8) if WGMMA else next_scale
         async_copy.wait_group(STAGES - 2)
         if WGMMA:
             fence_async_shared()
@@ -246,24 +312,23 @@ def matmul(
         slot = (pair - first) % STAGES
         filled = (slot + STAGES - 1) % STAGES
         copy_x(x_rows, live, column, ring, filled, pair + STAGES - 1, last, in_features, EVEN)
-        scale0, scale1 = halves(scale)
         x0 = ring.index(slot * 2).permute([1, 0])
         x1 = ring.index(slot * 2 + 1).permute([1, 0])
         if WGMMA:
-            w0 = decode(words0, table, TILES, LOOKUP, left)
-            pending0 = warpgroup_mma(w0, x0, zero, use_acc=False, is_async=True)
-            w1 = decode(words1, table, TILES, LOOKUP, left)
-            pending1 = warpgroup_mma(w1, x1, zero, use_acc=False, is_async=True)
-            part0 = warpgroup_mma_wait(1, deps=[pending0])
-            total += part0 * scale0[:, None]
-            part1 = warpgroup_mma_wait(0, deps=[pending1])
-            total += part1 * scale1[:, None]
+            low0, low1 = twice(scale)
+            high0, high1 = twice(scale_high)
+            w0 = scaled(decode(words0, table, LOOKUP), low0, high0, TILES, left)
+            total = warpgroup_mma(w0, x0, total, is_async=True)
+            w1 = scaled(decode(words1, table, LOOKUP), low1, high1, TILES, left)
+            total = warpgroup_mma(w1, x1, total, is_async=True)
+            total = warpgroup_mma_wait(0, deps=[total])
         else:
-            w0 = decode(words0, table, TILES, LOOKUP, left)
+            scale0, scale1 = halves(scale)
+            w0 = as_operand(decode(words0, table, LOOKUP), TILES, left)
             total += mma_v2(w0, x0.load(right), zero) * scale0[:, None]
-            w1 = decode(words1, table, TILES, LOOKUP, left)
+            w1 = as_operand(decode(words1, table, LOOKUP), TILES, left)
             total += mma_v2(w1, x1.load(right), zero) * scale1[:, None]
-        words0, words1, scale = next0, next1, next_scale
+        words0, words1, scale, scale_high = next0, next1, next_scale, next_high
     async_copy.wait_group(0)
 
     total *= multiplier
