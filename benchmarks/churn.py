@@ -82,7 +82,7 @@ def make_resident(engine: Engine, adapters: int) -> None:
     """Load the first ones, and let them be evicted again."""
     for name in map(digest, range(adapters)):
         while engine.residency.acquire(name) is None:
-            engine.step()
+            engine.residency.poll()
         engine.residency.release(name)
 
 

@@ -133,6 +133,7 @@ def measure(args: argparse.Namespace, ceilings: Ceilings) -> list[Row]:
         )
         try:
             share_host_memory(engine, count, programs=programs)
+            engine.finish_chores()
             print(f"ready in {time.perf_counter() - started:.1f} s; {'; '.join(base.notes)}", flush=True)
             for _ in range(args.rounds):
                 for case, (ours, lora) in taken.items():

@@ -98,7 +98,7 @@ class _Swaps:
         """Wait for those under way."""
         for name in self._pending:
             while self._residency.acquire(name) is None:
-                self._engine.step()
+                self._residency.poll()
             self._residency.release(name)
 
 

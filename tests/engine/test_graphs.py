@@ -168,14 +168,50 @@ def test_steps_with_prompts_replay_graphs(
     asks = [([3 + (i + j) % 120 for j in range(2 + i * 37 % 203)], adapters[i % 4]) for i in range(30)]
     expected = answer_all(eager, asks, between=None)
     for driver, between in ((graphed, 1), (graphed, 2), (graphed, 0), (chunked, 1), (chunked, 0)):
+        answer_all(driver, asks[:4], None)  # loads the adapters
         before = driver.engine.runner.mixed_graphs.replays
         found = answer_all(driver, asks, between)
-        if between:  # each prompt comes in a step of its own, but those that wait for their adapter
+        if between:  # each prompt comes in a step of its own
             assert driver.engine.runner.mixed_graphs.replays - before > len(asks) / 2
         if packed:
             assert_same_up_to_rounding(found, expected)
         else:
             assert [[t for t, _ in items] for items in found] == [[t for t, _ in items] for items in expected]
+
+
+@pytest.mark.parametrize("graphs", ["decode", "all"])
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_no_request_waits_for_a_kernel_to_be_compiled(
+    graphs: str,
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
+    make_engine: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("llama")
+    store = tmp_path / "adapters"
+    for rank in (2, 16, 33):
+        make_adapter(store / "blobs" / f"{rank:064x}", model, rank)
+    driver = make_engine(
+        model,
+        store=str(store),
+        device="cuda",
+        kv_cache_memory=64 << 20,
+        max_num_seqs=20,
+        page_size=16,
+        dtype="bfloat16",
+        quantization="nf4",
+        nf4_kernels="packed",
+        prefix_caching=False,
+        cuda_graphs=graphs,
+    )
+    compiled: list[str] = []
+    monkeypatch.setattr("triton.knobs.runtime.jit_cache_hook", lambda **found: compiled.append(found["repr"]))
+    adapters = [None, f"{2:064x}", f"{16:064x}", f"{33:064x}"]
+    for count in (1, 3, 20, 50):  # the last makes steps of some thousand rows
+        answer_all(driver, [([5 + i] * (1 + i * 53 % 240), adapters[i % 4]) for i in range(count)], 0)
+    assert compiled == []
 
 
 @pytest.mark.gpu

@@ -216,6 +216,7 @@ class FakeEngine:
             pages_used=0,
             pages_total=1,
             steps=0,
+            eager_steps=0,
             prefill_tokens=0,
             decode_tokens=0,
             prefix_hit_tokens=0,

@@ -38,6 +38,7 @@ def stats(**adapters: AdapterStats) -> Stats:
         pages_used=10,
         pages_total=40,
         steps=7,
+        eager_steps=2,
         prefill_tokens=100,
         decode_tokens=50,
         prefix_hit_tokens=30,

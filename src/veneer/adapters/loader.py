@@ -30,8 +30,6 @@ T = TypeVar("T")
 # Copies first: one holds its slot already and is short, while lowering a large upload may take seconds.
 STOP, COPY, READ = range(3)
 
-PIECE = 1 << 21  # elements of one copy to the device
-
 
 class HostCache:
     """Packed adapters in host memory by their keys, least recently used out first. Safe to use from any thread."""
@@ -211,9 +209,8 @@ class Loader:
             with torch.cuda.stream(self._stream):
                 if after is not None:
                     self._stream.wait_event(after)
-                # In pieces: a step's few bytes of metadata go the same way and would wait for one long copy.
-                # All in one call: each call from here would take the interpreter from the step's thread.
-                torch._foreach_copy_(target.split(PIECE), packed.blob.split(PIECE), non_blocking=True)
+                # What steps need of the host does not go through the copy engine, so nothing waits for this.
+                target.copy_(packed.blob, non_blocking=True)
                 copied.record(self._stream)
             copied.synchronize()
         self.cache.trim()

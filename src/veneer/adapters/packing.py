@@ -90,11 +90,11 @@ class PackedAdapter:
         return taken + self.entries.nbytes
 
     def entries_at(self, start: int) -> torch.Tensor:
-        """The entries for a blob that lies at `start` in the arena, int64 [sites, COLUMNS], pinned as the blob."""
+        """The entries for a blob that lies at `start` in the arena, int64 [sites, COLUMNS]."""
         moved = self.entries.clone()
         offsets = moved[:, OFFSETS]
         moved[:, OFFSETS] = offsets + (offsets != ABSENT) * start
-        return moved.pin_memory() if self.blob.is_pinned() else moved
+        return moved
 
 
 def packed_size(program: Program, itemsize: int) -> int:

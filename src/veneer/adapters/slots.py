@@ -13,6 +13,7 @@ import torch
 
 from veneer.adapters.arena import ALIGNMENT, Arena
 from veneer.kernels.tables import AdapterTables, absent_entries, find_deltas, find_hidden, find_transforms
+from veneer.kernels.upload import copy_by_kernel, upload_into
 
 
 class Place(NamedTuple):
@@ -73,7 +74,7 @@ class Slots:
     def install(self, place: Place, entries: torch.Tensor) -> None:
         """From the next launch on, kernels find the adapter with these entries (int64 [sites, COLUMNS])."""
         self.tables.entries_host[place.slot] = entries
-        self.tables.entries[place.slot].copy_(entries, non_blocking=True)
+        upload_into(entries, self.tables.entries[place.slot])
         if any(transforms := find_transforms(entries)):
             self.tables.transforms[place.slot] = transforms
         if any(deltas := find_deltas(entries)):
@@ -83,7 +84,7 @@ class Slots:
 
     def clear(self, place: Place) -> None:
         """Give a place back. Steps launched so far still read it: see `launched`."""
-        self.tables.entries[place.slot].copy_(self._absent, non_blocking=True)
+        copy_by_kernel(self._absent.view(-1), self.tables.entries[place.slot].view(-1))
         self.tables.entries_host[place.slot] = absent_entries(self._absent.shape[0])
         self.tables.transforms.pop(place.slot, None)
         self.tables.deltas.pop(place.slot, None)

@@ -34,6 +34,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     host_adapter_memory: int | None = None
     slot_patience: float = 2.0  # seconds a request waits for a slot before a running adapter must yield
     enforce_eager: bool = False  # no CUDA graphs
-    cuda_graphs: str = "decode"  # decode | all: also steps with prompt chunks, or dense or sparse changes
+    cuda_graphs: str = "all"  # decode | all: also steps with prompt chunks, or dense or sparse changes
     lookahead: bool | None = None  # launch a step before the last one's tokens are known; None = on CUDA
     threads: int | None = None  # CPU threads for torch

@@ -94,12 +94,12 @@ class Engine:
         )
         if device.type == "cuda" and resolve(device).name == "triton":
             if config.enforce_eager:
-                self.base.notes.append("CUDA graphs are off: --enforce-eager")
+                self.base.notes.append(
+                    "CUDA graphs are off: --enforce-eager; kernels are compiled when first used"
+                )
             else:
                 self.base.notes.append(f"CUDA graphs: {config.cuda_graphs}")
-                self.runner.capture_graphs(
-                    config.max_num_seqs, self.max_model_len, config.cuda_graphs == "all"
-                )
+                self.runner.prepare(config.max_num_seqs, self.max_model_len, config.cuda_graphs)
         self.pool = PagePool(num_pages, config.page_size, config.prefix_caching)
         self.scheduler = Scheduler(
             self.pool,
@@ -168,9 +168,10 @@ class Engine:
         return bool(self.scheduler.running or self.scheduler.waiting or self._ahead)
 
     def step(self) -> tuple[list[messages.Reply], bool]:
-        """Poll the adapters, plan, run, apply. Returns the replies and whether a forward ran.
+        """Poll the adapters, plan, run, apply. Returns the replies and whether there is more to do at once.
 
-        With lookahead the step after this one is launched before this one's tokens are waited for.
+        With lookahead the step after this one is launched before this one's tokens are waited for. With nothing
+        to run, one of the runner's chores is done instead.
         """
         items = self._failures()
         current, self._ahead = self._ahead, None
@@ -188,7 +189,13 @@ class Engine:
         visible = [item for item in items if not self._probe.owns(item.id)]
         if visible:
             replies.append(messages.Outputs(visible))
-        return replies, current is not None
+        more = current is not None or (not self.has_work and self.runner.do_chore())
+        return replies, more
+
+    def finish_chores(self) -> None:
+        """Do now what is otherwise done when there is nothing to run: for benchmarks, and for comparisons."""
+        while self.runner.do_chore():
+            pass
 
     def _failures(self) -> list[SequenceOutput]:
         items = []
@@ -337,6 +344,7 @@ class Engine:
             pages_used=self.pool.used,
             pages_total=self.pool.num_pages,
             steps=self.steps,
+            eager_steps=self.runner.eager_steps,
             prefill_tokens=self.prefill_tokens,
             decode_tokens=self.decode_tokens,
             prefix_hit_tokens=self.pool.hit_tokens,

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from enum import IntEnum
-from itertools import chain, cycle, groupby
+from itertools import chain, cycle, groupby, product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +24,7 @@ from veneer.engine.scheduler import Scheduled
 from veneer.kernels.attention import PagedBatch
 from veneer.kernels.low_rank import choose_tile_rows, fill_tiles, tile_capacity, view_tiles
 from veneer.kernels.tables import BASE_SLOT, RowTiles, Segment, Transforms
+from veneer.kernels.upload import copy_by_kernel
 
 _WARM_UPS = 2  # the first compiles the kernels
 MIXED_BUCKETS = (128, 256, 512, 1024)  # with more rows the GPU is busy for longer than the host
@@ -159,7 +160,7 @@ class HostTables:
 
     def copy_to(self, device: StepTables, used: int) -> None:
         """Start the copy of the first `used` elements."""
-        device.buffer[:used].copy_(self._tables.buffer[:used], non_blocking=True)
+        copy_by_kernel(self._tables.buffer[:used], device.buffer[:used])
         if self._copied is not None:
             self._copied.record()
 
@@ -216,7 +217,7 @@ class _Captured:
 
 
 class StepGraphs(ABC):
-    """Captured once at start. `run` is a drop-in for an eager forward and the argmax of its logits."""
+    """Captured one by one. `run` is a drop-in for an eager forward and the argmax of its logits."""
 
     def __init__(
         self,
@@ -252,14 +253,16 @@ class StepGraphs(ABC):
     def fits(self, planned: Rows[Scheduled]) -> bool:
         """Whether there is a graph for these."""
 
+    def missing(self) -> list[tuple[int, Variant]]:
+        """What is not captured: the simplest variant first, of its buckets the largest, whose memory others use."""
+        every = product(self._variants, reversed(self._buckets))
+        return [(bucket, variant) for variant, bucket in every if (bucket, variant) not in self._captured]
+
     @torch.inference_mode()
-    def capture(self, pool: Any) -> int:
-        """Capture every bucket, largest first, so that the smaller ones reuse its memory. Returns how many."""
-        for bucket in reversed(self._buckets):
-            self._fill([], bucket, None)
-            for variant in self._variants:
-                self._captured[bucket, variant] = self._capture(bucket, variant, pool)
-        return len(self._captured)
+    def capture(self, bucket: int, variant: Variant, pool: Any) -> None:
+        """Capture one of those. No step may be under way."""
+        self._fill([], bucket, None)
+        self._captured[bucket, variant] = self._capture(bucket, variant, pool)
 
     @torch.inference_mode()
     def run(self, planned: Rows[Scheduled], previous: Rows[int] | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -268,19 +271,21 @@ class StepGraphs(ABC):
         `planned` is sorted by slot; `previous` as for `HostTables.fill`. The argmax of each row of the logits is
         left in the first rows of `tokens`.
         """
-        rows = sum(item.count for item in planned)
-        bucket = next(size for size in self._buckets if size >= rows)
+        bucket = self._bucket(planned)
         self._fill(planned, bucket, previous)
-        variant = self._variant(planned)
-        assert variant is not None  # `fits` says so
-        captured = self._captured[bucket, variant]
+        captured = self._find(planned, bucket)
+        assert captured is not None  # `fits` says so
         captured.graph.replay()
         self.replays += 1
         count = sum(item.samples for item in planned)
         return captured.logits[:count], captured.ids[:count]
 
-    def _variant(self, planned: Rows[Scheduled]) -> Variant | None:
-        """The least that does what these need, if it is captured."""
+    def _bucket(self, planned: Rows[Scheduled]) -> int:
+        rows = sum(item.count for item in planned)
+        return next(size for size in self._buckets if size >= rows)
+
+    def _find(self, planned: Rows[Scheduled], bucket: int) -> _Captured | None:
+        """The graph of the least variant that does what these need, if there is one."""
         tables = self._base.context.tables
         slots = {item.slot for item in planned}
         need = Variant.BASE if slots <= {BASE_SLOT} else Variant.ADAPTED
@@ -290,7 +295,8 @@ class StepGraphs(ABC):
             need = Variant.CHANGED
         if tables is not None and not slots.isdisjoint(tables.hidden):
             need = Variant.HIDDEN
-        return next((variant for variant in self._variants if variant >= need), None)
+        found = (self._captured.get((bucket, variant)) for variant in self._variants if variant >= need)
+        return next(filter(None, found), None)
 
     def _fill(self, planned: Rows[Scheduled], bucket: int, previous: Rows[int] | None) -> None:
         host = next(self._hosts)
@@ -369,7 +375,7 @@ class DecodeGraphs(StepGraphs):
     def fits(self, planned: Rows[Scheduled]) -> bool:
         one_row_each = all(item.count == 1 and item.samples for item in planned)
         fits = one_row_each and len(planned) <= self._buckets[-1]
-        return fits and self._variant(planned) is not None
+        return fits and self._find(planned, self._bucket(planned)) is not None
 
     def _fill_host(
         self, host: HostTables, planned: Rows[Scheduled], bucket: int, previous: Rows[int] | None
@@ -429,10 +435,11 @@ class MixedGraphs(StepGraphs):
         rows = sum(item.count for item in planned)
         if rows > self._buckets[-1] or len(planned) > self._sequences:
             return False
+        if self._find(planned, bucket := self._bucket(planned)) is None:
+            return False
         if not any(0 < item.base_rows < item.count for item in planned):
             return True
         # The tables are sized for one segment of each adapter; a beginning of one makes up to two more.
-        bucket = next(size for size in self._buckets if size >= rows)
         height = choose_tile_rows(bucket)
         tiles = sum(-(-(stop - start) // height) for _, start, stop in segments_of(planned))
         return tiles < self._tile_entries(bucket)

@@ -214,6 +214,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     pages_used: int
     pages_total: int
     steps: int
+    eager_steps: int  # those without a CUDA graph
     prefill_tokens: int
     decode_tokens: int
     prefix_hit_tokens: int

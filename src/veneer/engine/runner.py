@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,18 +28,24 @@ from veneer.engine.graphs import (
     DecodeGraphs,
     MixedGraphs,
     StepGraphs,
+    Variant,
     head_segments_of,
     segments_of,
 )
-from veneer.engine.messages import TokenLogprobs
-from veneer.engine.sampling import Sampled, SamplingRow, sample, upload
+from veneer.engine.messages import SamplingParams, TokenLogprobs
+from veneer.engine.sampling import Sampled, SamplingRow, sample
 from veneer.engine.scheduler import Batch, Scheduled
+from veneer.engine.sequence import Sequence
 from veneer.engine.virtual_tokens import VirtualTokens, slots_of
 from veneer.kernels.attention import PagedBatch
 from veneer.kernels.low_rank import Workspace, make_tiles
-from veneer.kernels.tables import RowTiles, Segment
+from veneer.kernels.tables import BASE_SLOT, Deltas, RowTiles, Segment, Transforms
+from veneer.kernels.upload import upload
 
 logger = logging.getLogger(__name__)
+
+# Of eager steps that cut their kernels in different ways (kernels/low_rank.py, kernels/nf4_plan.py).
+WARM_UP_ROWS = (16, 32, 64, 128, 256, 257, 513, 1025, 2049)
 
 
 def allocate_kv(base: Base, num_pages: int, page_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -114,18 +123,81 @@ class Runner:
         self._virtual_tokens = VirtualTokens(base, residency, page_size, max_rows)
         self.graphs: DecodeGraphs | None = None
         self.mixed_graphs: MixedGraphs | None = None
+        self.chores: deque[Callable[[], None]] = deque()  # see `prepare`
+        self.eager_steps = 0
         self._slots = tables.entries.shape[0]
         self._max_rows = max_rows
         # The tokens that the last step sampled, in the order of its rows. Static, for graphs.
         self._tokens = torch.zeros(max_rows, dtype=torch.int64, device=base.device)
 
-    def capture_graphs(self, max_batch: int, max_model_len: int, everything: bool) -> None:
-        """From here on, steps of decode rows alone replay CUDA graphs.
+    def prepare(self, max_batch: int, max_model_len: int, graphs: str) -> None:
+        """From here on steps replay CUDA graphs, and no request waits for a kernel to be compiled.
 
-        With `everything` also those with adapters that change weights, have activations or act at hidden states,
-        and mixed steps of up to 1024 rows.
+        graphs: "decode": those of decode steps, but for adapters that change weights, have activations or act at
+        hidden states; "all": those too, and mixed steps of up to 1024 rows. The base and plain adapters are ready
+        when this returns. What others need is left in `chores`, each some tenths of a second when its kernels are
+        in Triton's cache; until then their steps run eagerly.
         """
         started = time.monotonic()
+        self._make_graphs(max_batch, max_model_len, everything=graphs == "all")
+        pool = torch.cuda.graph_pool_handle()
+        for family in (self.mixed_graphs, self.graphs):  # those that need the most memory first
+            for bucket, variant in [] if family is None else family.missing():
+                assert family is not None
+                chore = partial(family.capture, bucket, variant, pool)
+                chore() if variant <= Variant.ADAPTED else self.chores.append(chore)
+        captured = MIXED_BUCKETS[-1] if graphs == "all" else 1
+        for rows in (rows for rows in WARM_UP_ROWS if captured < rows <= self._max_rows):
+            for variant in Variant:
+                chore = partial(self._warm_up, rows, variant, max_model_len)
+                chore() if variant <= Variant.ADAPTED else self.chores.append(chore)
+        torch.cuda.synchronize(self.base.device)
+        logger.info(
+            "kernels and graphs prepared in %.1f s; %d more when idle",
+            time.monotonic() - started,
+            len(self.chores),
+        )
+
+    def do_chore(self) -> bool:
+        """Do one of `chores`, if there is one. No step may be under way."""
+        if self.chores:
+            self.chores.popleft()()
+        return bool(self.chores)
+
+    @torch.inference_mode()
+    def _warm_up(self, rows: int, variant: Variant, max_model_len: int) -> None:
+        """Run an eager step of idle rows as if the adapter in the first slot could do all that `variant` does."""
+        tables = self._step.tables
+        assert tables is not None
+        flags: tuple[dict[int, Any], ...] = (tables.transforms, tables.deltas, tables.hidden)
+        kept = [dict(each) for each in flags]
+        everywhere, nowhere = frozenset(range(tables.entries.shape[1])), frozenset[int]()
+        if variant >= Variant.SCALED:
+            inputs = everywhere if variant >= Variant.TURNED else nowhere
+            tables.transforms[0] = Transforms(inputs, everywhere)
+        if variant >= Variant.CHANGED:
+            tables.deltas[0] = Deltas(everywhere, everywhere)
+        if variant >= Variant.HIDDEN:
+            tables.hidden[0] = everywhere
+        try:
+            self.logits(self._idle(rows, BASE_SLOT if variant == Variant.BASE else 0, max_model_len))
+        finally:
+            for each, before in zip(flags, kept, strict=True):
+                each.clear()
+                each.update(before)
+
+    def _idle(self, rows: int, slot: int, max_model_len: int) -> list[Scheduled]:
+        """So many rows of prompts, the last one of a decode step, on the page set aside."""
+        most = max_model_len - 1
+        lengths = [min(most, rows - 1 - at) for at in range(0, rows - 1, most)]
+        planned = []
+        for length, decodes in [*((length, False) for length in lengths), (1, True)]:
+            sequence = Sequence(id="", tokens=[0] * length, sampling=SamplingParams(max_tokens=1), slot=slot)
+            sequence.pages = [self._scratch_page] * -(-length // self.page_size)
+            planned.append(Scheduled(sequence, 0, length, decodes))
+        return planned
+
+    def _make_graphs(self, max_batch: int, max_model_len: int, everything: bool) -> None:
         sizes: dict[str, int] = {
             "page_size": self.page_size,
             "scratch_page": self._scratch_page,
@@ -133,19 +205,9 @@ class Runner:
             "max_batch": min(max_batch, self._max_rows),
             "slots": self._slots,
         }
-        pool = torch.cuda.graph_pool_handle()
-        mixed = None  # captured first, because they need the most memory
         if everything and self._max_rows >= MIXED_BUCKETS[0]:
-            mixed = MixedGraphs(self.base, self._tokens, max_rows=self._max_rows, **sizes)
-        graphs = DecodeGraphs(self.base, self._tokens, **sizes, every_variant=everything)
-        counts = [0 if family is None else family.capture(pool) for family in (mixed, graphs)]
-        torch.cuda.synchronize(self.base.device)
-        logger.info(
-            "captured %d graphs of mixed steps and %d of decode steps in %.1f s",
-            *counts,
-            time.monotonic() - started,
-        )
-        self.graphs, self.mixed_graphs = graphs, mixed
+            self.mixed_graphs = MixedGraphs(self.base, self._tokens, max_rows=self._max_rows, **sizes)
+        self.graphs = DecodeGraphs(self.base, self._tokens, **sizes, every_variant=everything)
 
     @torch.inference_mode()
     def launch(self, batch: Batch, previous: Launched | None = None) -> Launched:
@@ -160,6 +222,7 @@ class Runner:
         if graphs is not None:
             logits, last = graphs.run(planned, pending)
         else:
+            self.eager_steps += 1
             logits, last = self.logits(planned, pending)
             torch.argmax(logits, -1, out=self._tokens[: len(logits)])
         sampled = [item for item in planned if item.samples]

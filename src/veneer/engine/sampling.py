@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, DTypeLike
 
 from veneer.engine.messages import SamplingParams, TokenLogprobs
+from veneer.kernels.upload import upload
 
 _MASK64 = (1 << 64) - 1
 
@@ -102,13 +102,6 @@ def uniform(seed: int, position: int) -> float:
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
         z ^= z >> 31
     return (z >> 11) * 2.0**-53
-
-
-def upload(values: ArrayLike, dtype: DTypeLike, device: torch.device) -> torch.Tensor:
-    """A tensor on `device`, through pinned memory, so that the host does not wait for the copy."""
-    array: np.ndarray[Any, Any] = np.asarray(values, dtype)
-    host = torch.from_numpy(array)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 def sample(

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from veneer.adapters.residency import Residency, ResidentPrompt
 from veneer.engine.base import Base
-from veneer.engine.sampling import upload
 from veneer.engine.scheduler import Scheduled
 from veneer.kernels.attention import PagedBatch, write_kv
 from veneer.kernels.low_rank import make_tiles
 from veneer.kernels.tables import BASE_SLOT, Segment
+from veneer.kernels.upload import upload
 
 
 def slots_of(pages: list[int], positions: NDArray[np.int64], page_size: int) -> NDArray[np.int64]:

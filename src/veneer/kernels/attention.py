@@ -208,7 +208,6 @@ def paged_attention_triton(
                 HEADS=heads,
                 HEAD_DIM=head_dim,
                 SPLITS=sizes.splits,
-                BLOCK_S=sizes.block_s,
                 BLOCK_D=sizes.block_d,
                 **launch_options(q.device),
             )

@@ -22,8 +22,7 @@ class AttentionPlan:
     block_q: int  # queries of a tile
     block_n: int  # keys
     block_d: int  # head_dim as a power of two
-    splits: int  # of the keys, in decode
-    block_s: int  # splits as a power of two
+    splits: int  # of the keys, in decode; a power of two
     programs: int  # for each sequence and key-value head
     num_warps: int
 
@@ -47,14 +46,14 @@ def plan(
         block_m = max(block_m, min(64, TILE_BYTES // row_bytes))
     block_q = 1 if decode else block_m // group
     wanted = min(TARGET_PROGRAMS // (sequences * kv_heads), max_keys // MIN_SPLIT, MAX_SPLITS)
-    splits = max(wanted, 1) if decode else 1
+    # Of powers of two there are few, so that none is compiled for the first time in somebody's request.
+    splits = 1 << max(wanted, 1).bit_length() - 1 if decode else 1
     return AttentionPlan(
         block_m=block_m,
         block_q=block_q,
         block_n=max(16, min(64, TILE_BYTES // row_bytes)),
         block_d=block_d,
         splits=splits,
-        block_s=_power_of_two(splits),
         programs=splits if decode else -(-max_queries // block_q),
         num_warps=4,
     )

@@ -35,6 +35,7 @@ from veneer.kernels.tables import (
     Segment,
     Transforms,
 )
+from veneer.kernels.upload import upload
 
 GROUP_SITES = 3  # the most sites that share an input: q, k and v
 DECODE_TILE = 8  # rows; the fewest that a matrix unit takes
@@ -150,11 +151,11 @@ def make_tiles(
     tile_rows = choose_tile_rows(rows)
     # Those of the base can lie between those of adapters: then there are more segments than slots.
     shape = (1 + tile_capacity(rows, max(slots, len(segments) - 1), tile_rows), 3)
-    block = torch.zeros(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
-    fill_tiles(block.numpy(), segments, tile_rows)
+    block = np.zeros(shape, np.int32)
+    fill_tiles(block, segments, tile_rows)
     adapted = any(segment.slot != BASE_SLOT for segment in segments)
     does = (transforms, deltas, hidden)
-    return view_tiles(block.to(device, non_blocking=True), segments, adapted, tile_rows, *does)
+    return view_tiles(upload(block, np.int32, device), segments, adapted, tile_rows, *does)
 
 
 class Workspace:

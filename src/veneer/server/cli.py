@@ -145,7 +145,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     base.add_argument(
         "--cuda-graphs",
         choices=("decode", "all"),
-        default="decode",
+        default="all",
         help="which steps; all: also those with prompt chunks, or dense or sparse changes (%(default)s)",
     )
     base.add_argument("--threads", type=positive, help="CPU threads of the engine")

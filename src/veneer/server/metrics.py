@@ -193,6 +193,7 @@ def _step_families(model_name: str, stats: Stats) -> Iterator[Metric]:
     }
     counters = {
         "engine_steps": ("Steps run", stats.steps),
+        "engine_eager_steps": ("Steps run without a CUDA graph", stats.eager_steps),
         "prefill_tokens": ("Prompt tokens computed", stats.prefill_tokens),
         "decode_tokens": ("Tokens generated", stats.decode_tokens),
         "prefix_cache_hit_tokens": ("Prompt tokens found in the prefix cache", stats.prefix_hit_tokens),

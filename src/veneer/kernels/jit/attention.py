@@ -13,7 +13,10 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LOWEST: tl.constexpr = tl.constexpr(-1e30)  # a score that is no score; finite, so that differences are too
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["window", "table_stride", "page_stride"],
+    do_not_specialize_on_alignment=["query_start", "kv_len", "block_table"],
+)
 def attend(
     q,  # [rows, heads, HEAD_DIM]
     k_cache,  # [pages, PAGE_SIZE, kv heads, HEAD_DIM]
@@ -130,7 +133,7 @@ def attend(
         tl.store(stats + cell * 2 + 1, weight, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["query_start"])
 def merge(
     out,
     partial,
@@ -138,8 +141,7 @@ def merge(
     query_start,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    SPLITS: tl.constexpr,  # a power of two
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -152,16 +154,13 @@ def merge(
     row = tl.load(query_start + sequence).to(tl.int64)
     if tl.load(query_start + sequence + 1) - row != 1:
         return
-    split = tl.arange(0, BLOCK_S)
-    live = split < SPLITS
+    split = tl.arange(0, SPLITS)
     d = tl.arange(0, BLOCK_D)
     inside = d < HEAD_DIM
     cell = (sequence * HEADS + head) * SPLITS + split
-    highest = tl.load(stats + cell * 2, mask=live, other=LOWEST)
+    highest = tl.load(stats + cell * 2)
     factor = tl.exp2(highest - tl.reduce(highest, 0, _elementwise_max))
-    weight = tl.reduce(factor * tl.load(stats + cell * 2 + 1, mask=live, other=0.0), 0, _sum_combine)
-    part = tl.load(
-        partial + cell[:, None] * HEAD_DIM + d[None, :], mask=live[:, None] & inside[None, :], other=0.0
-    )
+    weight = tl.reduce(factor * tl.load(stats + cell * 2 + 1), 0, _sum_combine)
+    part = tl.load(partial + cell[:, None] * HEAD_DIM + d[None, :], mask=inside[None, :], other=0.0)
     total = tl.reduce(part * factor[:, None], 0, _sum_combine) / weight
     tl.store(out + (row * HEADS + head) * HEAD_DIM + d, total.to(out.dtype.element_ty), mask=inside)

@@ -155,6 +155,7 @@ class _Check:
             self._control(served, adapters, expected)
         if self.device.type == "cuda":
             with self._engine(len(cases), "none", "float32", eager=False) as served:
+                served.engine.finish_chores()
                 self._judge("graphed", subjects, self._batch(served, subjects), eager, TOLERANCE)
         with self._engine(len(cases), "nf4", "auto", eager=False) as served:
             expected = self._references("reference, NF4", subjects, self._as_served(served), BATCH_PROMPT)
