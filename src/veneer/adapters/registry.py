@@ -8,6 +8,7 @@ from pathlib import Path
 from veneer.adapters.checkpoint import Checkpoint, shown
 from veneer.adapters.methods import (
     adalora,
+    adaption_prompt,
     beft,
     boft,
     c3a,
@@ -51,6 +52,7 @@ from veneer.errors import AdapterRefused
 
 METHODS: Mapping[str, Method] = {
     "ADALORA": adalora.lower,
+    "ADAPTION_PROMPT": adaption_prompt.lower,
     "BEFT": beft.lower,
     "BOFT": boft.lower,
     "C3A": c3a.lower,
