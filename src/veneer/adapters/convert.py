@@ -76,7 +76,7 @@ def convert(folder: Path, weights: Path, output: Path) -> Converted:
         Conflict: `output` exists.
         InvalidRequest: the weights are quantized or not readable.
     """
-    _check_free(output)
+    check_free(output)
     checkpoint = Checkpoint(folder)
     kind, take = _kind(checkpoint.config)
     fields = _fields(checkpoint.config, kind)
@@ -101,14 +101,14 @@ def convert(folder: Path, weights: Path, output: Path) -> Converted:
         tensors[f"{key}.lora_A.weight"] = torch.cat([a, taken.a]).contiguous()
         tensors[f"{key}.lora_B.weight"] = torch.cat([b, -taken.b], dim=1).contiguous()
     warnings += _judge(kind, doubtful, likeness)
-    _write(output, _plain(checkpoint.config), tensors)
+    write(output, _plain(checkpoint.config), tensors)
     return Converted(tuple(2 * layer.rank for layer in layers), tuple(warnings))
 
 
 # ---- checks ---------------------------------------------------------------------------------------
 
 
-def _check_free(output: Path) -> None:
+def check_free(output: Path) -> None:
     if output.exists() or output.is_symlink():
         raise Conflict(f"{str(output)!r} exists and is not overwritten; name a new folder.")
 
@@ -258,7 +258,7 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _write(output: Path, config: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+def write(output: Path, config: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     """Both files, under the final name only when they are complete."""
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
@@ -269,7 +269,7 @@ def _write(output: Path, config: Mapping[str, Any], tensors: dict[str, torch.Ten
         (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         for path in (partial / WEIGHTS_FILE, partial / CONFIG_FILE, partial):
             sync(path)
-        _check_free(output)
+        check_free(output)
         partial.rename(output)
         sync(output.parent)
     except (OSError, SafetensorError) as error:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from veneer.adapters.names import FILES, TEXT_FILES, WANTED
 from veneer.errors import InvalidRequest, VeneerError, from_wire
 
+ARROW_ROUTER = "arrow_router"  # the folder in which PEFT saves one, beside its experts
 ARCHIVES = (".zip", ".tar.gz", ".tgz")
 
 _LISTED = ("kind", "primitives", "portability", "rank", "tasks", "virtual", "text", "bytes")
@@ -40,10 +41,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def convert(arguments: argparse.Namespace) -> int:
-    """Make a plain LoRA of a base-fragile adapter. Needs no server."""
+    """Make a plain LoRA of a base-fragile adapter, or one adapter of an Arrow router's folder. Needs no server."""
     from veneer.engine.source import DEFAULT_MODEL, resolve
 
+    if (arguments.folder / ARROW_ROUTER).is_dir():
+        return _pack_experts(arguments)
     model = arguments.weights
+    if model is None:
+        raise InvalidRequest(
+            "--weights is missing: give the folder or hub id of the weights that the training loaded. Only a "
+            f"folder with PEFT's {ARROW_ROUTER} needs none."
+        )
     if model == DEFAULT_MODEL or model.endswith(".gguf"):
         raise InvalidRequest(
             f"--weights {model}: a GGUF file does not hold the weights that a training loads; give the folder "
@@ -56,6 +64,19 @@ def convert(arguments: argparse.Namespace) -> int:
     for warning in result.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"{arguments.output}: a plain LoRA of rank {max(result.ranks)} at {len(result.ranks)} layers")
+    return 0
+
+
+def _pack_experts(arguments: argparse.Namespace) -> int:
+    from veneer.adapters.convert import check_free, write  # imports torch: some seconds
+    from veneer.adapters.methods.arrow import pack
+
+    if arguments.weights is not None:
+        raise InvalidRequest("--weights: an Arrow router is packed without any; leave it out")
+    check_free(arguments.output)
+    config, tensors = pack(arguments.folder)
+    write(arguments.output, config, tensors)
+    print(f"{arguments.output}: a router over {', '.join(config['arrow_experts'])}")
     return 0
 
 

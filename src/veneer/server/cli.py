@@ -231,14 +231,14 @@ def _add_adapters(parser: argparse.ArgumentParser) -> None:
     action("unpin", "let an adapter be evicted again", "name")
     convert = actions.add_parser(
         "convert",
-        help="make a plain LoRA of an unconverted PiSSA, OLoRA or KaSA adapter; needs no server",
+        help="make a plain LoRA of an unconverted PiSSA, OLoRA or KaSA adapter, or one adapter of an Arrow "
+        "router and its experts; needs no server",
     )
     convert.add_argument("folder", type=Path, help="the adapter as PEFT saved it")
     convert.add_argument(
         "--weights",
-        required=True,
         metavar="MODEL",
-        help="folder or hub id of the unquantized weights that the training loaded",
+        help="folder or hub id of the unquantized weights that the training loaded; none for a router",
     )
     convert.add_argument(
         "--output", type=Path, required=True, metavar="OUT", help="a new folder; nothing is overwritten"

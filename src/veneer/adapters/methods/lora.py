@@ -9,6 +9,7 @@ DoRA adds `lora_magnitude_vector` [out].
 BD-LoRA stores one of the two without the zeros around its diagonal of n blocks: A [r, in / n], B [out, r / n].
 With `bias` the file also holds biases that replace the base's: `<module>.base_layer.bias` of targeted modules,
 `<module>.bias` of others. VeLoRA and MonteCLoRA compute a plain LoRA at evaluation; their own keys go unread.
+With arrow_config the adapter routes over others: see arrow.py.
 aLoRA is a plain LoRA that acts on the tokens from its invocation on (https://arxiv.org/abs/2504.12397).
 """
 
@@ -75,6 +76,8 @@ class Honoured(Targeting, frozen=True, kw_only=True):
     alora_invocation_tokens: Invocation | None = None
     velora_config: dict[str, Any] | None = None
     monteclora_config: dict[str, Any] | None = None
+    arrow_config: dict[str, Any] | None = None
+    arrow_experts: dict[str, dict[str, Any]] | None = None  # not PEFT's: see arrow.py
 
 
 class TrainingOnly(Common, frozen=True, kw_only=True):
@@ -104,7 +107,6 @@ _KASA = (
     "plain LoRA of it, given these weights"
 )
 REFUSED: Mapping[str, Refusal] = {
-    "arrow_config": Refusal((None,), "Arrow routing over several adapters is not served"),
     "ensure_weight_tying": Refusal((False,), "adapters on tied embeddings are not served"),
     "init_lora_weights": Refusal((True, False, "gaussian", "eva", "orthogonal", "mica"), _CONVERT),
     "kasa_config": Refusal((None,), _KASA),
@@ -124,6 +126,7 @@ VARIANTS = (
     "use_dora",
     "velora_config",
     "monteclora_config",
+    "arrow_config",
 )  # at most one at a time, as in PEFT
 _MAGNITUDE = "lora_magnitude_vector"
 _UNREAD = (
@@ -135,7 +138,7 @@ _UNREAD = (
 )
 
 
-class _Scaled(NamedTuple):
+class Scaled(NamedTuple):
     """A site the adapter changes."""
 
     site: Site
@@ -148,11 +151,15 @@ class _Scaled(NamedTuple):
 def lower(checkpoint: Checkpoint, base: Base, max_rank: int) -> Program:
     """Lower a PEFT LoRA. See `veneer.adapters.methods.base.Method`."""
     config = read_config(checkpoint.config)
+    if config.arrow_config is not None:
+        from veneer.adapters.methods import arrow  # it lowers its experts by what is here
+
+        return arrow.lower(checkpoint, base, max_rank)
     warnings: list[str] = []
-    sites = _scaled(
+    sites = scaled_sites(
         config, choose_sites(config, base, checkpoint.header, ".lora_", warnings), max_rank, warnings
     )
-    shapes = _shapes(config, sites)
+    shapes = shapes_of(config, sites)
     biases = _replaced_biases(config, sites, base)
     shapes |= {key: tuple(bias.shape) for key, bias in biases.values()}
     shapes |= _unread(config, sites, checkpoint)
@@ -189,6 +196,8 @@ def read_config(config: Mapping[str, Any]) -> Honoured:
         raise wrong("use_dora", True, "PEFT does not combine it with lora_bias")
     if fields.alora_invocation_tokens is not None:
         _check_activated(fields, config)
+    if fields.arrow_experts is not None and fields.arrow_config is None:
+        raise wrong("arrow_experts", list(fields.arrow_experts), "without arrow_config nothing routes them")
     return fields
 
 
@@ -217,7 +226,7 @@ def _invocation(config: Honoured, base: Base, warnings: list[str]) -> tuple[int,
     return tuple(tokens)
 
 
-def _scaled(config: Honoured, sites: list[Site], max_rank: int, warnings: list[str]) -> list[_Scaled]:
+def scaled_sites(config: Honoured, sites: list[Site], max_rank: int, warnings: list[str]) -> list[Scaled]:
     ranks = per_site(sites, "rank_pattern", config.rank_pattern, config.r, warnings)
     alphas = per_site(sites, "alpha_pattern", config.alpha_pattern, config.lora_alpha, warnings)
     scaled = []
@@ -226,7 +235,7 @@ def _scaled(config: Honoured, sites: list[Site], max_rank: int, warnings: list[s
             rule = f"the rank of {site.name} must be from 1 to {max_rank} (--max-lora-rank)"
             raise wrong("r" if rank == config.r else "rank_pattern", rank, rule)
         scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-        scaled.append(_Scaled(site, rank, scale, *_blocks(config.use_bdlora, site, rank)))
+        scaled.append(Scaled(site, rank, scale, *_blocks(config.use_bdlora, site, rank)))
     return scaled
 
 
@@ -249,7 +258,7 @@ def _blocks(config: BlockDiagonal | None, site: Site, rank: int) -> tuple[int, i
     return (count, 1) if in_a else (1, count)
 
 
-def _shapes(config: Honoured, sites: Iterable[_Scaled]) -> dict[str, tuple[int, ...]]:
+def shapes_of(config: Honoured, sites: Iterable[Scaled]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for site, rank, _, a_blocks, b_blocks in sites:
         shapes[f"{PREFIX}{site.name}.lora_A.weight"] = (rank, site.in_features // a_blocks)
@@ -262,7 +271,7 @@ def _shapes(config: Honoured, sites: Iterable[_Scaled]) -> dict[str, tuple[int, 
 
 
 def _replaced_biases(
-    config: Honoured, sites: Iterable[_Scaled], base: Base
+    config: Honoured, sites: Iterable[Scaled], base: Base
 ) -> dict[str, tuple[str, torch.Tensor]]:
     """The sites whose bias the file replaces, each with its key and the base's bias [out]."""
     if config.bias == "none":
@@ -276,7 +285,7 @@ def _replaced_biases(
     }
 
 
-def _unread(config: Honoured, sites: Iterable[_Scaled], checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+def _unread(config: Honoured, sites: Iterable[Scaled], checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     """Tensors that only the training of VeLoRA and MonteCLoRA uses, with whatever shapes they have."""
     if config.velora_config is None and config.monteclora_config is None:
         return {}
@@ -284,7 +293,7 @@ def _unread(config: Honoured, sites: Iterable[_Scaled], checkpoint: Checkpoint) 
     return {key: checkpoint.header[key].shape for key in keys if key in checkpoint.header}
 
 
-def _read(checkpoint: Checkpoint, item: _Scaled, lora_bias: bool) -> SiteProgram:
+def _read(checkpoint: Checkpoint, item: Scaled, lora_bias: bool) -> SiteProgram:
     key = f"{PREFIX}{item.site.name}"
     a = _dense(checkpoint.read(f"{key}.lora_A.weight"), item.a_blocks)
     b = _dense(checkpoint.read(f"{key}.lora_B.weight"), item.b_blocks).t().contiguous().mul_(item.scale)
