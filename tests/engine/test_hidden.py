@@ -334,7 +334,8 @@ def test_decode_graphs_have_a_variant_for_it(
         for theirs, ours in zip(*ids, strict=True):
             torch.testing.assert_close(told(driver, ours), told(plain, theirs), rtol=0, atol=5e-5)
     used = Counter(each.variant for each in made if each.replays)
-    assert used.keys() == {Variant.ADAPTED, Variant.TURNED, Variant.HIDDEN}
+    # rows of the base may run alone while adapters are loaded
+    assert used.keys() - {Variant.BASE} == {Variant.ADAPTED, Variant.TURNED, Variant.HIDDEN}
 
 
 @pytest.mark.gpu
