@@ -74,7 +74,7 @@ def share_host_memory(
     """
     base, cache = engine.base, engine.residency._loader.cache
     contents, pin = programs or [random_program(base)] * copies, base.device.type == "cuda"
-    packed = [pack(program, list(base.sites.values()), base.dtype, pin) for program in contents]
+    packed = [pack(program, engine.residency.sites, base.dtype, pin) for program in contents]
     for index in range(adapters):
         cache.put(digest(index), packed[index % len(packed)])
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from veneer.adapters.program import Program, SiteProgram
-from veneer.engine.base import Base, fuse_norms, resolve_device, resolve_dtype, wrap_linears
+from veneer.engine.base import Base, fuse_norms, resolve_device, resolve_dtype, wrap_embedding, wrap_linears
 from veneer.engine.fused import fuse_layers
 from veneer.engine.hidden import HiddenStates
 from veneer.engine.layers import ATTENTION_NAME, StepContext
@@ -241,6 +241,7 @@ def random_base(layers: int | None = None, shapes: str = "8b") -> Base:
     context = StepContext()
     sites = wrap_linears(model, context, named)
     hidden = HiddenStates(model, context, sites)
+    wrap_embedding(model, context, len(sites) + len(hidden.sites))
     notes: list[str] = []
     notes.append(f"fused decoder layers: {fuse_layers(model, context, notes)} of {config.num_hidden_layers}")
     return Base(

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from veneer.adapters.methods.base import Limits
 from veneer.adapters.names import CONFIG_FILE, WEIGHTS_FILE
-from veneer.adapters.program import Site
+from veneer.adapters.program import EMBEDDING, Site
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,26 @@ class SiteTable:
     """What a method may ask about a base."""
 
     sites: Mapping[str, Site]
+    model: Any
+    limits: Limits = Limits()  # noqa: RUF009  (a tuple)
+    dtype: torch.dtype = torch.float32
+    embedding_scale: float = 1.0
+
+    @property
+    def embedding(self) -> Site:
+        return Site(EMBEDDING, self.model.config.vocab_size, self.hidden_size)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.model.config.hidden_size)
+
+    @property
+    def tied(self) -> bool:
+        return bool(self.model.config.tie_word_embeddings)
+
+    def token_rows(self, site: str, ids: torch.Tensor) -> torch.Tensor:
+        weight: torch.Tensor = self.model.get_submodule(site).weight
+        return weight.detach()[ids]
 
 
 def tiny_llama(*, tied: bool = False, hidden: int = 64) -> Any:
@@ -44,7 +65,8 @@ def tiny_llama(*, tied: bool = False, hidden: int = 64) -> Any:
 
 def sites_of(model: nn.Module) -> SiteTable:
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return SiteTable({name: Site(name, linear.in_features, linear.out_features) for name, linear in linears})
+    sites = {name: Site(name, linear.in_features, linear.out_features) for name, linear in linears}
+    return SiteTable(sites, model)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from veneer.adapters.methods import c3a, common, fourierft, glora, hira, shira, 
 from veneer.adapters.methods.base import Limits
 from veneer.adapters.methods.changes import change, is_product, sparse_change
 from veneer.adapters.names import CONFIG_FILE, WEIGHTS_FILE
-from veneer.adapters.program import Program, Site, SiteProgram, SparseMatrix
+from veneer.adapters.program import EMBEDDING, Program, Site, SiteProgram, SparseMatrix
 from veneer.adapters.registry import lower
 from veneer.errors import AdapterRefused
 
@@ -115,6 +115,11 @@ class ModelBase:
     def sites(self) -> Mapping[str, Site]:
         linears = {name: m for name, m in self.model.named_modules() if isinstance(m, nn.Linear)}
         return {name: Site(name, m.in_features, m.out_features) for name, m in linears.items()}
+
+    @property
+    def embedding(self) -> Site:
+        config = self.model.config
+        return Site(EMBEDDING, config.vocab_size, config.hidden_size)
 
     def weight(self, site: str) -> torch.Tensor:
         weight: torch.Tensor = self.model.get_submodule(site).weight

@@ -27,6 +27,8 @@ SITES = {
     site.name: site
     for site in (Site("q", 16, 24), Site("k", 16, 8), Site("gate", 16, 40), Site("down", 40, 16))
 }
+EMBEDDING = Site("embedding", 50, 16)
+TABLE = {**SITES, EMBEDDING.name: EMBEDDING}  # by rows of the tables
 UNIT = 2 * ALIGNMENT * 4  # bytes of an adapter of rank 1 at one site: A and B, one alignment each
 T = TypeVar("T")
 PATIENCE = 30  # seconds until a test that waits fails
@@ -84,7 +86,7 @@ class Bench:
         self.failures: list[tuple[str, VeneerError]] = []
         self.residency = Residency(
             root,
-            SimpleNamespace(sites=SITES, hidden_sites={}),
+            SimpleNamespace(sites=SITES, hidden_sites={}, embedding=EMBEDDING),
             wake=self._woken.set,
             load=self._load,
             clock=lambda: self.now,
@@ -188,7 +190,7 @@ def test_acquire_asks_for_what_is_not_there(bench: MakeBench) -> None:
     b.until(lambda: a in b.resident())
     slot = b.residency.acquire(a)
     assert slot == 0
-    assert_installed(b.residency.tables, slot, b.programs[a], SITES)
+    assert_installed(b.residency.tables, slot, b.programs[a], TABLE)
     stats = b.residency.stats()[a]
     assert (stats.device, stats.host, stats.running, stats.loads, stats.evictions) == (True, True, 1, 1, 0)
     assert b.residency.device_bytes == UNIT
@@ -198,7 +200,7 @@ def test_tables_start_empty_and_never_move(bench: MakeBench) -> None:
     b = bench()
     tables = b.residency.tables
     before = [t.data_ptr() for t in (tables.arena, tables.entries, tables.entries_host)]
-    assert tables.entries.tolist() == [absent_entries(len(SITES)).tolist()] * 2
+    assert tables.entries.tolist() == [absent_entries(len(TABLE)).tolist()] * 2
     b.touch(*(b.add(name) for name in "abc"))
     assert [t.data_ptr() for t in (tables.arena, tables.entries, tables.entries_host)] == before
     assert b.residency.tables is tables
@@ -245,7 +247,7 @@ def test_the_victim_goes_when_the_copy_of_its_successor_starts(bench: MakeBench)
     assert b.reached.acquire(timeout=PATIENCE)
     b.residency.prefetch(a)  # on the host, so its copy is asked for at once; the loader's thread is held
     assert b.resident() == set()
-    assert b.residency.tables.entries.tolist() == [absent_entries(len(SITES)).tolist()]
+    assert b.residency.tables.entries.tolist() == [absent_entries(len(TABLE)).tolist()]
     assert torch.equal(b.residency.tables.entries, b.residency.tables.entries_host)
     assert b.residency.acquire(a) is None
     gate.set()
@@ -418,7 +420,7 @@ def test_larger_than_the_arena_is_refused(bench: MakeBench) -> None:
 
 
 def test_host_memory_keeps_to_its_budget_least_recently_used_out(bench: MakeBench) -> None:
-    bytes_each = UNIT + len(SITES) * COLUMNS * 8
+    bytes_each = UNIT + len(TABLE) * COLUMNS * 8
     b = bench(max_loras=1, host_bytes=2 * bytes_each)
     a, c, d = (b.add(name) for name in "acd")
     b.touch(a, c)
@@ -440,7 +442,7 @@ def test_larger_than_the_host_budget_streams_through(bench: MakeBench) -> None:
     assert b.on_host() == set()
     assert b.residency.host_bytes == 0
     assert b.loads == [a, large]  # read once
-    assert_installed(b.residency.tables, 0, b.programs[large], SITES)
+    assert_installed(b.residency.tables, 0, b.programs[large], TABLE)
 
 
 def test_an_arena_without_room_for_anything_is_no_configuration(bench: MakeBench) -> None:
@@ -598,7 +600,7 @@ def test_drop_forgets_on_device_and_host(bench: MakeBench) -> None:
     b.finish(b.residency.drop(a))
     assert set(b.residency.stats()) == {c}
     assert b.residency.device_bytes == UNIT
-    assert b.residency.tables.entries[0].tolist() == absent_entries(len(SITES)).tolist()
+    assert b.residency.tables.entries[0].tolist() == absent_entries(len(TABLE)).tolist()
     b.finish(b.residency.drop("unknown"))
     b.touch(a)
     assert b.loads == [a, c, a]
@@ -778,7 +780,7 @@ def churn(b: Bench, seed: int, steps: int) -> None:
                 running.append((digest, slot))
                 served += 1
         for digest, slot in running:
-            assert_installed(b.residency.tables, slot, b.programs[digest], SITES)
+            assert_installed(b.residency.tables, slot, b.programs[digest], TABLE)
         assert b.residency.device_bytes <= b.residency.arena_bytes
         if running and chance.random() < 0.6:
             b.residency.release(running.pop(chance.randrange(len(running)))[0])
@@ -837,8 +839,8 @@ def test_a_launched_step_reads_its_adapter_to_the_end(bench: MakeBench) -> None:
     assert not passed.query(), "something waited for the device"  # type: ignore[no-untyped-call]
     b.until(lambda: c in b.resident())
     assert passed.query()  # type: ignore[no-untyped-call]
-    assert_installed(seen, 0, b.programs[a], SITES)
-    assert_installed(tables, 0, b.programs[c], SITES)
+    assert_installed(seen, 0, b.programs[a], TABLE)
+    assert_installed(tables, 0, b.programs[c], TABLE)
 
 
 @pytest.mark.gpu
@@ -862,4 +864,4 @@ def test_pinned_memory_is_counted_as_it_is_taken(bench: MakeBench) -> None:
     before = torch.cuda.host_memory_stats()["allocated_bytes.current"]
     b.finish(b.residency.check(b.blobs / b.add("a", units(3)), "a"))
     taken = torch.cuda.host_memory_stats()["allocated_bytes.current"] - before
-    assert b.residency.host_bytes == taken + len(SITES) * COLUMNS * 8
+    assert b.residency.host_bytes == taken + len(TABLE) * COLUMNS * 8

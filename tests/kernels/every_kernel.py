@@ -11,7 +11,18 @@ from dataclasses import replace
 
 import torch
 
-from veneer.kernels import activation, attention, epilogue, low_rank, nf4, norm, transform
+from veneer.kernels import (
+    activation,
+    attention,
+    dense,
+    epilogue,
+    low_rank,
+    nf4,
+    norm,
+    sparse,
+    token_rows,
+    transform,
+)
 from veneer.kernels.nf4_layout import Nf4Codes, Nf4Weight, pack_nf4
 from veneer.kernels.nf4_plan import Device, make_plan
 from veneer.kernels.tables import (
@@ -21,6 +32,7 @@ from veneer.kernels.tables import (
     ALIGNED,
     B_OFFSET,
     BASE_SLOT,
+    DENSE_OFFSET,
     DETAIL,
     GROUP,
     IN_BLOCK,
@@ -29,9 +41,13 @@ from veneer.kernels.tables import (
     OUT_OFFSET,
     OUT_PAIR,
     RANK,
+    SPARSE_OFFSET,
+    TOKENS,
+    TOKENS_OFFSET,
     AdapterTables,
     Segment,
     absent_entries,
+    int_elements,
 )
 
 BF16 = torch.bfloat16
@@ -144,6 +160,42 @@ def run_activations() -> None:
         epilogue.add_update(random(1, rows, outputs), tables, tiles, 0, workspace)
 
 
+def run_changes() -> None:
+    """Dense and sparse changes and tokens' rows, of sizes that are no multiples of the tiles."""
+    for outputs, inputs, entries_of_row in ((72, 133, 3), (130, 80, 11)):
+        count = outputs * entries_of_row
+        sizes = {
+            DENSE_OFFSET: outputs * inputs,
+            SPARSE_OFFSET: sparse.sparse_size(outputs, count, 2),
+            TOKENS_OFFSET: int_elements(5, 2) + 5 * inputs,
+            A_OFFSET: 5 * outputs,
+            B_OFFSET: 5 * inputs,
+        }
+        entries = absent_entries(1, 1)
+        entries[0, 0, [TOKENS, RANK]] = torch.tensor([5, 5])
+        at = 0
+        for column, size in sizes.items():
+            entries[0, 0, column], at = at, at + -(-size // ALIGNED) * ALIGNED
+        tables = AdapterTables(random(at), entries.cuda(), entries)
+        place = int(entries[0, 0, SPARSE_OFFSET])
+        starts = torch.arange(0, count + 1, entries_of_row, dtype=torch.int32)
+        tables.ints[place // 2 : place // 2 + outputs + 1] = starts.cuda()
+        place += int_elements(outputs + 1, 2)
+        tables.ints[place // 2 : place // 2 + count] = torch.randint(inputs, (count,), device="cuda").int()
+        place = int(entries[0, 0, TOKENS_OFFSET])
+        own = [0, 3, outputs - 1, outputs, outputs + 1]  # the last two are added tokens
+        tables.ints[place // 2 : place // 2 + 5] = torch.tensor(own, dtype=torch.int32, device="cuda")
+        for rows in (3, 300):
+            segments = [Segment(BASE_SLOT, 0, 1), Segment(0, 1, rows)]
+            tiles = low_rank.make_tiles(segments, rows, 1, torch.device("cuda"), deltas=True)
+            x, y, added = random(rows, inputs), random(rows, outputs), random(rows, 2)
+            dense.add_dense(x, y, tables, tiles, 0)
+            sparse.add_sparse(x, y, tables, tiles, 0)
+            token_rows.token_logits(x, y, added, tables, tiles, 0)
+            ids = torch.tensor(own, device="cuda")[torch.arange(rows, device="cuda") % 5]
+            token_rows.embed_rows(ids, x, tables, tiles, 0, outputs)
+
+
 def run_attention() -> None:
     heads, kv_heads, head_dim, page = 4, 2, 32, 4
     query_lens, kv_lens = [1, 1, 7, 33], [1, 29, 7, 40]
@@ -176,6 +228,7 @@ def main() -> None:
     run_layer(300, [Segment(BASE_SLOT, 0, 90), Segment(0, 90, 181), Segment(1, 181, 300)], [16, 17])
     run_transforms()
     run_activations()
+    run_changes()
     run_attention()
     torch.cuda.synchronize()
     print("every kernel has run")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
-import triton.language  # noqa: F401  before the patch: only our own kernels are to be interpreted
+import triton
+import triton.language  # before the patch: only our own kernels are to be interpreted
 
 from veneer.kernels.dense import add_dense, add_dense_torch, add_dense_triton
 from veneer.kernels.low_rank import DECODE_TILE, fill_tiles, make_tiles, tile_capacity, view_tiles
@@ -159,6 +164,20 @@ def test_sparse_matches_float64(add: Add, case: Case, dtype: torch.dtype, limit:
 @pytest.mark.parametrize("case", [*CASES, *LARGE], ids=name)
 def test_compiled_matches_float64(case: Case, sparse: bool, dtype: torch.dtype, limit: float) -> None:
     check(add_sparse if sparse else add_dense, case, dtype, "cuda", limit, sparse=sparse)
+
+
+def test_they_compile_without_spilling_registers(tmp_path: Path) -> None:
+    """With them the kernels of tokens' rows."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache"), "TRITON_DEFAULT_FP_FUSION": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    script = Path(__file__).with_name("compile_changes.py")
+    subprocess.run([sys.executable, script, tmp_path], env=environment, check=True)
+    made = list(tmp_path.glob("*.cubin"))
+    assert len(made) == 16
+    for cubin in made:
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert "LOCAL:0 " in usage, cubin.name
 
 
 @pytest.mark.parametrize("add", [add_dense, add_sparse])

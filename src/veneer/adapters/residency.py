@@ -93,8 +93,9 @@ class Residency:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Allocate the tables once. `load` lowers a folder; `wake` is called from the loader's thread."""
-        sites = [*base.sites.values(), *base.hidden_sites.values()]
+        sites = [*base.sites.values(), *base.hidden_sites.values(), base.embedding]
         self._slots = Slots(max_loras, len(sites), len(base.sites), arena_bytes, dtype, device)
+        self.sites = sites  # by rows of the tables
         self.tables = self._slots.tables
         self.max_loras = max_loras
         self.arena_bytes = self.tables.arena.nbytes

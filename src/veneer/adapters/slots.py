@@ -36,7 +36,8 @@ class Slots:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """`sites` in all; the first `linear_sites` are linear layers, the others hidden states."""
+        """`sites` in all; the first `linear_sites` are linear layers, the last is the embedding, others are
+        hidden states."""
         self._linear_sites = linear_sites
         self._arena = Arena(arena_bytes // dtype.itemsize)
         if count < 1 or not self._arena.capacity:

@@ -20,10 +20,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
 from veneer.adapters.methods.base import Limits, Norm
-from veneer.adapters.program import Site
+from veneer.adapters.program import EMBEDDING, Site
 from veneer.engine.fused import fuse_layers
 from veneer.engine.hidden import HiddenStates
-from veneer.engine.layers import ATTENTION_NAME, AdaptedLinear, StepContext
+from veneer.engine.layers import ATTENTION_NAME, AdaptedEmbedding, AdaptedLinear, StepContext
 from veneer.engine.packed import dequantized, dequantized_bias, dequantizing, pack_linears
 from veneer.engine.packed_store import load_packed
 from veneer.errors import InvalidRequest
@@ -108,6 +108,33 @@ class Base:
     def head_dim(self) -> int:
         explicit = getattr(self.config, "head_dim", None)
         return int(explicit or self.config.hidden_size // self.config.num_attention_heads)
+
+    @property
+    def embedding(self) -> Site:
+        """See `veneer.adapters.methods.base.Base`."""
+        found = self.model.get_input_embeddings().base
+        return Site(EMBEDDING, found.num_embeddings, found.embedding_dim)
+
+    @property
+    def embedding_scale(self) -> float:
+        """See `veneer.adapters.methods.base.Base`."""
+        return float(getattr(self.model.get_input_embeddings().base, "scalar_embed_scale", 1.0))
+
+    @property
+    def tied(self) -> bool:
+        """See `veneer.adapters.methods.base.Base`."""
+        return bool(self.config.tie_word_embeddings)
+
+    def token_rows(self, site: str, ids: torch.Tensor) -> torch.Tensor:
+        """See `veneer.adapters.methods.base.Base`."""
+        if site == EMBEDDING:
+            weight = self.model.get_input_embeddings().weight
+        else:
+            weight = getattr(self._linears[site], "weight", None)
+            if weight is None or not weight.is_floating_point() or weight.shape != self.sites[site][:0:-1]:
+                return dequantized(self._linears[site])[ids].cpu()
+        found: torch.Tensor = weight[ids.to(weight.device)].float().cpu()
+        return found
 
     def weight(self, site: str) -> torch.Tensor:
         """See `veneer.adapters.methods.base.Base`."""
@@ -211,6 +238,7 @@ def load_base(
     context = StepContext()
     sites = wrap_linears(model, context, replaced)
     hidden = HiddenStates(model, context, sites)
+    wrap_embedding(model, context, len(sites) + len(hidden.sites))
     if own_kernels:
         fused = fuse_layers(model, context, notes)
         notes.append(f"fused decoder layers: {fused} of {config.num_hidden_layers}")
@@ -317,6 +345,14 @@ def wrap_linears(
         if hasattr(part, "layer_idx") and type(part).__name__.endswith("Attention"):
             part.veneer_step = context  # type: ignore[assignment]
     return sites
+
+
+def wrap_embedding(model: nn.Module, context: StepContext, site: int) -> None:
+    """Put an `AdaptedEmbedding` at the embedding; `site` is its index in the tables."""
+    embedding = model.get_submodule(EMBEDDING)
+    assert isinstance(embedding, nn.Embedding)
+    parent, _, attribute = EMBEDDING.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, AdaptedEmbedding(embedding, site, context))
 
 
 def _norm_offset(norm: nn.Module) -> float:

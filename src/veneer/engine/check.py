@@ -12,7 +12,7 @@ from pathlib import Path
 from veneer.adapters.names import adapter_key
 from veneer.adapters.program import Program
 from veneer.engine.messages import AdapterInfo, CheckAdapter, Generate
-from veneer.engine.probe import EffectProbe, why_ineffective
+from veneer.engine.probe import EffectProbe, ending_of, why_ineffective
 from veneer.errors import AdapterRefused
 
 
@@ -39,7 +39,7 @@ class AdapterCheck:
         program, call = self._lowered.result(), self._asked.call
         self._first = self._first or program
         if self._probe.start(call):
-            return self._probe.requests(call, self._key, program.invocation)
+            return self._probe.requests(call, self._key, ending_of(program))
         if self._probe.done(call):
             self._take(program, self._probe.take(call))
         return []

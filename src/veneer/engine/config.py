@@ -29,7 +29,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_loras: int = 8  # device slots
     max_lora_rank: int = 512
     max_module_bytes: int = 256 << 20  # of one weight that an adapter replaces or changes in full
-    max_added_tokens: int = 256  # of an adapter, beyond the base's vocabulary
     adapter_memory: int | None = None  # device arena
     host_adapter_memory: int | None = None
     slot_patience: float = 2.0  # seconds a request waits for a slot before a running adapter must yield

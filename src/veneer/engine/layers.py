@@ -1,6 +1,7 @@
-"""The two places where requests differ inside the base's forward pass: linear layers and attention.
+"""The places where requests differ inside the base's forward pass: linear layers, embedding and attention.
 
-The base stays transformers' own model. Its linear layers are wrapped by `AdaptedLinear`, its attention goes
+The base stays transformers' own model. Its linear layers are wrapped by `AdaptedLinear`, its embedding by
+`AdaptedEmbedding`, its attention goes
 through `paged_attention_forward` (registered with transformers' AttentionInterface). Both read the step's
 tables from one `StepContext`, which the runner fills before each forward. Layers of packed NF4 also have a fused
 form (fused.py), which reads the same tables.
@@ -22,6 +23,7 @@ from veneer.kernels.dense import add_dense
 from veneer.kernels.low_rank import Workspace, low_rank
 from veneer.kernels.sparse import add_sparse
 from veneer.kernels.tables import AdapterTables, RowTiles
+from veneer.kernels.token_rows import embed_rows, token_logits
 from veneer.kernels.transform import transform_input, transform_output
 
 ATTENTION_NAME = "veneer_paged"
@@ -38,6 +40,7 @@ class StepContext:
     kv_cache: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # by layer
     batch: PagedBatch | None = None
     heads_sites: Sequence[int] = ()  # by layer, the site of its attention heads; empty where there are none
+    added: torch.Tensor | None = None  # [rows, tokens], logits of tokens that adapters add
     fused: bool = True  # whether layers that have a fused form may run it
 
     @property
@@ -89,6 +92,9 @@ class AdaptedLinear(nn.Module):
             add_dense(flat, out, tables, rows, self.site)
         if sparse:
             add_sparse(flat, out, tables, rows, self.site)
+        if self.is_head and tables.has_tokens(rows.segments, self.site):
+            assert self.step.added is not None
+            token_logits(flat, out, self.step.added, tables, rows, self.site)
         return y
 
     def _turned(self, x: torch.Tensor, tables: AdapterTables, rows: RowTiles) -> torch.Tensor:
@@ -97,6 +103,40 @@ class AdaptedLinear(nn.Module):
         found: torch.Tensor = (
             self.base.alone(turned) if isinstance(self.base, FusedPart) else self.base(turned)
         )
+        return found
+
+
+class AdaptedEmbedding(nn.Module):
+    """The frozen embedding of the base; tokens for which a row's adapter has its own, or an update, get that.
+
+    Attributes:
+        base: the layer as loaded, nn.Embedding or one that also scales.
+        site: its index in the adapter tables.
+    """
+
+    def __init__(self, base: nn.Embedding, site: int, context: StepContext) -> None:
+        super().__init__()
+        self.base = base
+        self.site = site
+        self.step = context
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """[1, rows] -> [1, rows, hidden]."""
+        rows, tables, vocabulary = self.step.rows, self.step.tables, self.base.num_embeddings
+        if (
+            rows is None
+            or tables is None
+            or not (rows.adapted and tables.has_tokens(rows.segments, self.site))
+        ):
+            plain: torch.Tensor = self.base(ids)
+            return plain
+        found: torch.Tensor = self.base(ids.clamp(max=vocabulary - 1))  # tokens of adapters may lie beyond
+        flat = found.view(-1, found.shape[-1])
+        embed_rows(ids.reshape(-1), flat, tables, rows, self.site, vocabulary)
         return found
 
 

@@ -6,7 +6,7 @@ been loaded to the device and served once.
 
 from __future__ import annotations
 
-from veneer.adapters.program import Program
+from veneer.adapters.program import EMBEDDING, Program
 from veneer.engine.messages import Generate, SamplingParams, SequenceOutput, TokenLogprobs, WireError
 from veneer.errors import from_wire
 
@@ -22,6 +22,14 @@ def why_ineffective(program: Program, effect: float) -> str | None:
     if effect == 0:
         return "the adapter changes nothing: with it a fixed prompt is answered exactly as by the base"
     return None
+
+
+def ending_of(program: Program) -> tuple[int, ...]:
+    """With what a prompt must end so that the adapter acts on it: its invocation, or one of its tokens."""
+    embedding = program.sites.get(EMBEDDING)
+    if program.invocation or embedding is None or embedding.tokens is None:
+        return program.invocation
+    return (int(embedding.tokens.ids[0]),)
 
 
 class EffectProbe:
@@ -40,13 +48,13 @@ class EffectProbe:
         self._results[call] = {}
         return True
 
-    def requests(self, call: str, digest: str, invocation: tuple[int, ...] = ()) -> list[Generate]:
-        """The two sequences to run. Their prompt ends with the adapter's invocation, if it needs one."""
+    def requests(self, call: str, digest: str, ending: tuple[int, ...] = ()) -> list[Generate]:
+        """The two sequences to run; `ending` is the end of their prompt."""
         params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=PROBE_TOP, ignore_eos=True)
         return [
             Generate(
                 id=f"{_PREFIX}{call}/{who}",
-                prompt=[*self._prompt, *invocation],
+                prompt=[*self._prompt, *ending],
                 sampling=params,
                 adapter=adapter,
             )

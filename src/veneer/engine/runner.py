@@ -117,6 +117,8 @@ class Runner:
         self._step = base.context
         self._step.tables = tables
         self._step.workspace = Workspace(tables, max_rows, max_rank)
+        shape = (max_rows, base.limits.added_tokens)
+        self._step.added = torch.zeros(shape, dtype=base.dtype, device=base.device)
         # One page more than the pool knows of: rows that pad a captured graph use it.
         self._step.kv_cache = allocate_kv(base, num_pages + 1, page_size)
         self._scratch_page = num_pages

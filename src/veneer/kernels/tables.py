@@ -82,6 +82,12 @@ class AdapterTables:
         """The arena as int32, for the whole numbers in it: int32 takes `int_elements` of the arena's."""
         return self.arena.view(torch.int32)
 
+    def has_tokens(self, segments: Sequence[Segment], site: int) -> bool:
+        """Whether an adapter of these segments has rows for tokens at the embedding or the head, or an update of
+        the embedding; true in a captured graph (no segments)."""
+        slots = {segment.slot for segment in segments} - {BASE_SLOT}
+        return not segments or any(self.entries_host[slot, site, [TOKENS, RANK]].any() for slot in slots)
+
     def delta(self, segments: Iterable[Segment]) -> bool:
         """Whether an adapter of these segments has a dense or sparse change anywhere."""
         return any(segment.slot in self.deltas for segment in segments)
@@ -110,9 +116,8 @@ class AdapterTables:
 
 def find_hidden(entries: torch.Tensor, linear_sites: int) -> frozenset[int]:
     """The sites of an adapter's entries [sites, COLUMNS] with an activation, and the hidden ones with anything."""
-    used = entries[:, ACTIVATION] > 0
-    used[linear_sites:] |= (entries[linear_sites:, [RANK]] > 0).any(1)
-    used[linear_sites:] |= entries[linear_sites:, BIAS_OFFSET] != ABSENT
+    used, states = entries[:, ACTIVATION] > 0, entries[linear_sites:-1]
+    used[linear_sites:-1] |= (states[:, RANK] > 0) | (states[:, BIAS_OFFSET] != ABSENT)
     return frozenset(used.nonzero().flatten().tolist())
 
 

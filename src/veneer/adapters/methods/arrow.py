@@ -36,7 +36,13 @@ from veneer.kernels.tables import MAX_CHOICES
 
 ROUTER = "arrow_router"  # its folder, as create_arrow_model calls it
 _ITERATIONS, _EPSILON = 15, 1e-8  # of PEFT's power iteration
-_UNUSED = ("lora_bias", "bias", *(name for name in lora.VARIANTS if name != "arrow_config"))
+_UNUSED = (
+    "ensure_weight_tying",
+    "trainable_token_indices",
+    "lora_bias",
+    "bias",
+    *(name for name in lora.VARIANTS if name != "arrow_config"),
+)
 _GENERAL = re.compile(r"gks_[0-9]+")
 Names = Annotated[list[str], msgspec.Meta(min_length=1, max_length=MAX_CHOICES)]
 

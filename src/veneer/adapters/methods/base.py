@@ -30,7 +30,7 @@ class Limits(NamedTuple):
     module_bytes: int = (
         256 << 20
     )  # of one module's weight, or of a change of it, in full (--max-module-bytes)
-    added_tokens: int = 256  # beyond the base's vocabulary (--max-added-tokens)
+    added_tokens: int = 0  # beyond the base's vocabulary
 
 
 class Base(Protocol):
@@ -70,6 +70,25 @@ class Base(Protocol):
 
     def bias(self, site: str) -> torch.Tensor | None:
         """The base's bias [out] of a site, float32 on the CPU, a copy, or None."""
+        ...
+
+    @property
+    def embedding(self) -> Site:
+        """From the base's vocabulary to its hidden size. It comes after all sites in the tables."""
+        ...
+
+    @property
+    def embedding_scale(self) -> float:
+        """By which the base multiplies its embeddings: 1, but in Gemma."""
+        ...
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output head is the embedding."""
+        ...
+
+    def token_rows(self, site: str, ids: torch.Tensor) -> torch.Tensor:
+        """The weight's rows [ids, hidden] at the embedding or the output head as served, float32 on the CPU."""
         ...
 
     @property

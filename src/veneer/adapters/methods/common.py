@@ -17,7 +17,7 @@ import torch
 from veneer.adapters.checkpoint import listed, shown
 from veneer.adapters.methods.base import Base
 from veneer.adapters.names import CONFIG_FILE
-from veneer.adapters.program import HEAD, Site, SiteProgram
+from veneer.adapters.program import EMBEDDING, HEAD, Site, SiteProgram
 from veneer.errors import AdapterRefused
 
 PREFIX = "base_model.model."
@@ -103,16 +103,23 @@ def wrong(field: str, value: object, rule: str) -> AdapterRefused:
 
 
 def choose_sites(
-    config: Targeting, base: Base, header: Iterable[str], part: str, warnings: list[str]
+    config: Targeting,
+    base: Base,
+    header: Iterable[str],
+    part: str,
+    warnings: list[str],
+    *,
+    embedding: bool = False,
 ) -> list[Site]:
     """The sites that the config names, as peft's check_target_module_exists chooses them.
 
-    `part` is what follows the module in the file's keys, e.g. ".lora_".
+    `part` is what follows the module in the file's keys, e.g. ".lora_"; `embedding`: it may be one of them.
     """
     targets, excluded = config.target_modules, config.exclude_modules
+    known = {**base.sites, EMBEDDING: base.embedding} if embedding else base.sites
     in_file = {key.removeprefix(PREFIX).partition(part)[0] for key in header}
     if isinstance(targets, list):
-        chosen = _listed_targets(config, set(targets), base, warnings)
+        chosen = _listed_targets(config, set(targets), known, warnings)
     elif targets is None:
         raise wrong("target_modules", None, "it must list the layers that the adapter changes")
     elif config.layers_to_transform is not None or config.layers_pattern is not None:
@@ -120,7 +127,7 @@ def choose_sites(
     elif targets.lower() == "all-linear":
         chosen = [name for name in base.sites if name != HEAD]  # as PEFT does
     else:  # a regular expression
-        chosen = [name for name in base.sites if name in in_file]
+        chosen = [name for name in known if name in in_file]
     if isinstance(excluded, list):
         names = set(excluded)
         chosen = [name for name in chosen if not _is_listed(name, names)]
@@ -128,17 +135,19 @@ def choose_sites(
         chosen = [name for name in chosen if name in in_file]
     if not chosen:
         raise wrong("target_modules", targets, f"no layer of the base matches; it has {listed(base.sites)}")
-    return [base.sites[name] for name in chosen]
+    return [known[name] for name in chosen]
 
 
-def _listed_targets(config: Targeting, targets: set[str], base: Base, warnings: list[str]) -> list[str]:
+def _listed_targets(
+    config: Targeting, targets: set[str], sites: Mapping[str, Site], warnings: list[str]
+) -> list[str]:
     for target in targets:
-        if target.rpartition(".")[2] == "embed_tokens":
-            raise wrong("target_modules", target, "the embedding is not served as a target; leave it out")
-    if unmatched := sorted(targets - {suffix for name in base.sites for suffix in _suffixes(name)}):
+        if target.rpartition(".")[2] == "embed_tokens" and EMBEDDING not in sites:
+            raise wrong("target_modules", target, "only LORA is served at the embedding; leave it out")
+    if unmatched := sorted(targets - {suffix for name in sites for suffix in _suffixes(name)}):
         warnings.append(f"target_modules: the base has no linear layer {listed(unmatched)}.")
     in_layers = _layer_filter(config)
-    return [name for name in base.sites if name in targets or (_is_listed(name, targets) and in_layers(name))]
+    return [name for name in sites if name in targets or (_is_listed(name, targets) and in_layers(name))]
 
 
 def _suffixes(name: str) -> Iterable[str]:
@@ -225,12 +234,17 @@ def check_tasks(field: str, tasks: int, task: int) -> int:
 def add_head_copy(
     shapes: dict[str, tuple[int, ...]], header: Collection[str], sites: Iterable[Site], warnings: list[str]
 ) -> None:
-    """Allow the frozen weight of a targeted head, which PEFT adds to the file. It is the base's, never read."""
-    name = f"{PREFIX}{HEAD}.base_layer.weight"
+    """Allow the frozen weight of a targeted head or embedding, which PEFT adds to the file.
+
+    It is the base's, never read.
+    """
     for site in sites:
-        if site.name == HEAD and name in header:
-            shapes[name] = (site.out_features, site.in_features)
-            warnings.append(f"{name}: this copy of the base's output head is not used.")
+        name = f"{PREFIX}{site.name}.base_layer.weight"
+        if site.name in (HEAD, EMBEDDING) and name in header:
+            sizes = site.out_features, site.in_features
+            shapes[name] = sizes if site.name == HEAD else sizes[::-1]
+            what = "output head" if site.name == HEAD else "embedding"
+            warnings.append(f"{name}: this copy of the base's {what} is not used.")
 
 
 def explain_for(part: str, base: Base) -> Callable[[str], str]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -39,7 +39,17 @@ from veneer.adapters.methods.common import (
     read_fields,
     wrong,
 )
-from veneer.adapters.program import HEAD, Program, Site, SiteProgram
+from veneer.adapters.methods.lora_embedding import (
+    FIELD,
+    embedding_shapes,
+    read_embedding,
+    read_tokens,
+    shares_rows,
+    token_shapes,
+    trained_tokens,
+)
+from veneer.adapters.methods.token_rows import check_added, with_tokens
+from veneer.adapters.program import EMBEDDING, HEAD, Program, Site, SiteProgram
 from veneer.errors import AdapterRefused
 
 _INVOCATION_LIMIT = 64  # tokens
@@ -73,6 +83,8 @@ class Honoured(Targeting, frozen=True, kw_only=True):
     bias: Literal["none", "all", "lora_only"] = "none"
     use_bdlora: BlockDiagonal | None = None
     use_dora: bool = False
+    ensure_weight_tying: bool = False
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     alora_invocation_tokens: Invocation | None = None
     velora_config: dict[str, Any] | None = None
     monteclora_config: dict[str, Any] | None = None
@@ -107,7 +119,6 @@ _KASA = (
     "plain LoRA of it, given these weights"
 )
 REFUSED: Mapping[str, Refusal] = {
-    "ensure_weight_tying": Refusal((False,), "adapters on tied embeddings are not served"),
     "init_lora_weights": Refusal((True, False, "gaussian", "eva", "orthogonal", "mica"), _CONVERT),
     "kasa_config": Refusal((None,), _KASA),
     "layer_replication": Refusal((None, []), "it makes a base of another depth"),
@@ -115,7 +126,6 @@ REFUSED: Mapping[str, Refusal] = {
     "modules_to_save": WHOLE_MODULES,
     "target_parameters": Refusal((None, []), "only linear layers are served; use target_modules"),
     "task_type": CAUSAL,
-    "trainable_token_indices": Refusal((None,), "it replaces embeddings of the base, which is shared"),
     "use_qalora": Refusal((False,), "QALoRA needs a GPTQ base; train a plain LoRA"),
 }
 
@@ -156,27 +166,40 @@ def lower(checkpoint: Checkpoint, base: Base, max_rank: int) -> Program:
 
         return arrow.lower(checkpoint, base, max_rank)
     warnings: list[str] = []
-    sites = scaled_sites(
-        config, choose_sites(config, base, checkpoint.header, ".lora_", warnings), max_rank, warnings
-    )
-    shapes = shapes_of(config, sites)
+    chosen = choose_sites(config, base, checkpoint.header, ".lora_", warnings, embedding=True)
+    tokens = trained_tokens(config.trainable_token_indices, base)
+    ties = _ties(config, chosen, tokens, base)
+    if ties:
+        chosen = [site for site in chosen if site.name != HEAD]  # it has what the embedding has
+    sites = scaled_sites(config, chosen, max_rank, warnings)
+    embedding = next((item for item in sites if item.site.name == EMBEDDING), None)
+    shapes = shapes_of(config, [item for item in sites if item != embedding]) | token_shapes(tokens, base)
+    if embedding is not None:
+        shapes |= embedding_shapes(embedding.rank, base, ties, checkpoint.header)
     biases = _replaced_biases(config, sites, base)
     shapes |= {key: tuple(bias.shape) for key, bias in biases.values()}
     shapes |= _unread(config, sites, checkpoint)
-    add_head_copy(shapes, checkpoint.header, [item.site for item in sites], warnings)
+    copied = [item.site for item in sites] + ([base.sites[HEAD]] if ties else [])
+    add_head_copy(shapes, checkpoint.header, copied, warnings)
     if config.fan_in_fan_out:
         warnings.append(
             "fan_in_fan_out: true has no effect on a base of linear layers; PEFT sets it to false."
         )
     invocation = _invocation(config, base, warnings)
     checkpoint.require(shapes, lambda key: _explain(key, base))
-    programs = {item.site.name: _read(checkpoint, item, config.lora_bias) for item in sites}
+    programs = {
+        item.site.name: _read(checkpoint, item, config.lora_bias) for item in sites if item != embedding
+    }
+    if embedding is not None:
+        programs |= read_embedding(checkpoint, embedding.scale, base, ties)
     if config.use_dora:
         for name, program in programs.items():
             magnitude = checkpoint.read(f"{PREFIX}{name}.{_MAGNITUDE}")
             programs[name] = _dora(program, name, magnitude, base)
     for name, (key, bias) in biases.items():
         programs[name] = _with_bias(programs.get(name, SiteProgram()), checkpoint.read(key) - bias)
+    programs = with_tokens(programs, read_tokens(checkpoint, tokens, base))
+    check_added(programs, base, warnings)
     return Program(
         kind="lora",
         sites=programs,
@@ -211,10 +234,26 @@ def _check_activated(fields: Honoured, config: Mapping[str, Any]) -> None:
         raise wrong("init_lora_weights", "mica", "PEFT does not combine it with alora_invocation_tokens")
 
 
+def _ties(config: Honoured, chosen: Iterable[Site], tokens: Mapping[str, Sequence[int]], base: Base) -> bool:
+    """Whether the head gets what the embedding gets. Refuses what PEFT does not combine at the two."""
+    names = {site.name for site in chosen}
+    ties = config.ensure_weight_tying and base.tied and EMBEDDING in names
+    for field in (*VARIANTS, "lora_bias") if EMBEDDING in names else ():
+        if getattr(config, field) not in (None, False):
+            raise wrong(field, True, "it is not served at the embedding; leave that out of target_modules")
+    own = tokens.get(EMBEDDING)
+    if config.ensure_weight_tying and base.tied and tokens.get(HEAD, own) != own:
+        raise wrong("ensure_weight_tying", True, "tied embeddings must have the same trainable_token_indices")
+    trained = {*tokens, *([HEAD] if shares_rows(tokens, base) else [])}
+    if both := trained & {*names, *([HEAD] if ties else [])}:
+        raise wrong(FIELD, sorted(both), "PEFT does not combine it with LoRA on the same layer")
+    return ties
+
+
 def _invocation(config: Honoured, base: Base, warnings: list[str]) -> tuple[int, ...]:
     """The tokens from which on an aLoRA acts; none for others."""
     tokens = config.alora_invocation_tokens or []
-    vocabulary = base.sites[HEAD].out_features
+    vocabulary = base.embedding.in_features
     if unknown := [token for token in tokens if token >= vocabulary]:
         rule = f"{unknown[0]} is no token of the base; it has {vocabulary}"
         raise wrong("alora_invocation_tokens", tokens, rule)
@@ -338,7 +377,7 @@ def _explain(key: str, base: Base) -> str:
     if not key.startswith(PREFIX):
         return f"PEFT's keys begin with {PREFIX!r}"
     if part.startswith("embedding"):
-        return "LoRA on the embedding is not served"
+        return "target_modules leaves the embedding out"
     if part.startswith("magnitude"):
         return "use_dora is false, or leaves this layer out"
     if key.endswith(".bias") and not part:

@@ -1,0 +1,155 @@
+"""Adapters with rows of their own for tokens, and LoRA on the embedding, beside others through the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, TrainableTokensConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+OWN = [9, 3, 81, 44]  # in the prompts
+KINDS: dict[str, Callable[[], PeftConfig]] = {
+    "lora": lambda: LoraConfig(r=3, target_modules=["q_proj", "down_proj"]),
+    "tokens": lambda: TrainableTokensConfig(token_indices=OWN),
+    "lora and tokens": lambda: LoraConfig(r=2, target_modules=["v_proj"], trainable_token_indices=OWN[:2]),
+    "apart": lambda: LoraConfig(
+        r=2, target_modules=["v_proj"], trainable_token_indices={"embed_tokens": OWN, "lm_head": [5, 2, 81]}
+    ),
+    "embedding": lambda: LoraConfig(r=5, lora_alpha=7, target_modules=["embed_tokens", "lm_head", "o_proj"]),
+}
+
+
+def digest_of(kind: str) -> str:
+    return f"{list(KINDS).index(kind) + 1:064x}"
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def store_of(
+    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """A function: architecture -> a store with one random adapter of each kind, saved by PEFT."""
+    made: dict[str, Path] = {}
+
+    def make(architecture: str) -> Path:
+        if architecture not in made:
+            made[architecture] = tmp_path_factory.mktemp(architecture)
+            for seed, (kind, config) in enumerate(KINDS.items()):
+                torch.manual_seed(seed)
+                with pytest.warns() if kind == "embedding" and "tied" in architecture else _nothing():
+                    model: Any = get_peft_model(load(tiny_model(architecture)), config())
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.data += 0.2 * torch.randn_like(parameter)
+                model.save_pretrained(
+                    made[architecture] / "blobs" / digest_of(kind), save_embedding_layers=False
+                )
+        return made[architecture]
+
+    return make
+
+
+class _nothing:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+
+def prompt_of(index: int) -> list[int]:
+    return [3 + index % 4, 9, 27, 81, 5, 25, 3 + index % 2] + [40 + index] * (index % 6)
+
+
+def submit(driver: Any, index: int, kind: str | None) -> str:
+    digest = None if kind is None else digest_of(kind)
+    name: str = driver.submit(prompt_of(index), digest, logprobs=5, max_tokens=7)
+    return name
+
+
+def told(driver: Any, identifier: str) -> torch.Tensor:
+    """Log probabilities [tokens, 1 + 5] of a request's tokens and of the likeliest ones."""
+    found = [item.logprobs[0] for item in driver.outputs[identifier]]
+    return torch.tensor([[entry.logprob, *entry.top_logprobs] for entry in found])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "gemma3"])
+def test_every_kind_gives_the_log_probabilities_of_peft(
+    architecture: str,
+    tiny_model: Callable[[str], Path],
+    store_of: Callable[[str], Path],
+    make_engine: Callable[..., Any],
+) -> None:
+    """In one batch, prompts in chunks; Gemma scales its embeddings and ties them."""
+    store, base = store_of(architecture), tiny_model(architecture)
+    driver = make_engine(base, store=str(store), max_loras=len(KINDS), max_num_batched_tokens=8)
+    assert driver.engine.base.tied == (architecture != "llama")
+    kinds = [None, *KINDS]
+    ids = [submit(driver, index, kind) for index, kind in enumerate(kinds)]
+    for index, (kind, identifier, tokens) in enumerate(zip(kinds, ids, driver.run(*ids), strict=True)):
+        model = load(base)
+        if kind is not None:
+            model = PeftModel.from_pretrained(model, store / "blobs" / digest_of(kind)).eval()
+        prompt = prompt_of(index)
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        expected = torch.log_softmax(logits, -1)
+        own = expected[torch.arange(len(tokens)), torch.tensor(tokens)][:, None]
+        expected = torch.cat([own, expected.topk(5).values], 1)
+        error = (told(driver, identifier) - expected).abs().max()
+        assert error <= 1e-5 * float(logits.abs().max()), kind
+
+
+def test_others_see_nothing_of_them(
+    tiny_model: Callable[[str], Path], store_of: Callable[[str], Path], make_engine: Callable[..., Any]
+) -> None:
+    """The base's answers are the same to the bit with and without neighbours that replace its rows."""
+    fields = {"store": str(store_of("llama-tied")), "max_loras": len(KINDS), "prefix_caching": False}
+    answers = []
+    for neighbours in ([*KINDS], ["lora"] * len(KINDS)):
+        driver = make_engine(tiny_model("llama-tied"), **fields)
+        for kind in neighbours:  # once they are all loaded, both engines run the same steps
+            driver.run(submit(driver, 0, kind))
+        ids = [submit(driver, 0, kind) for kind in [None, *neighbours, None]]
+        driver.run(*ids)
+        answers.append([told(driver, identifier) for identifier in (ids[0], ids[-1])])
+    assert all(one.equal(other) for one, other in zip(*answers, strict=True))
+
+
+def test_a_preempted_sequence_goes_on_as_it_was(
+    tiny_model: Callable[[str], Path], store_of: Callable[[str], Path], make_engine: Callable[..., Any]
+) -> None:
+    """Adapters take turns in one slot, with few pages; what the prefix cache keeps is the adapter's own."""
+    fields = {"store": str(store_of("llama")), "page_size": 4}
+    driver = make_engine(
+        tiny_model("llama"), max_loras=1, kv_cache_memory=24 << 10, **fields, slot_patience=0.0
+    )
+    ids = [submit(driver, 3, kind) for kind in [*KINDS, None, *KINDS]]
+    tokens = driver.run(*ids)
+    assert driver.engine.scheduler.preemptions
+    roomy = make_engine(tiny_model("llama"), max_loras=len(KINDS), **fields)
+    assert roomy.run(*(submit(roomy, 3, kind) for kind in [*KINDS, None, *KINDS])) == tokens
+    assert len({tuple(each) for each in tokens}) >= len(KINDS)
+
+
+def test_an_upload_is_tried_on_its_own_tokens(
+    tiny_model: Callable[[str], Path], store_of: Callable[[str], Path], make_engine: Callable[..., Any]
+) -> None:
+    from veneer.engine.messages import AdapterChecked, CheckAdapter
+
+    driver = make_engine(tiny_model("llama"))
+    folder = store_of("llama") / "blobs" / digest_of("tokens")
+    driver.engine.handle(CheckAdapter("call", str(folder), digest_of("tokens")))
+    checked: list[AdapterChecked] = []
+    while not checked:
+        checked = [reply for reply in driver.step() if isinstance(reply, AdapterChecked)]
+    info = checked[0].info
+    assert info is not None
+    assert info.effect
+    assert info.primitives == ["token_rows"]
+    assert info.bytes == 4 * (4 + 4 * 64)
