@@ -21,6 +21,7 @@ from peft import (
 )
 from transformers import AutoModelForCausalLM
 
+from veneer.engine.graphs import Variant
 from veneer.engine.messages import AdapterChecked, CheckAdapter, DropAdapter
 
 TASK: dict[str, Any] = {"task_type": "CAUSAL_LM"}
@@ -227,6 +228,25 @@ def test_penalties_do_not_see_virtual_tokens(
         seen = torch.tensor(sorted({*prompt, *tokens[:at]}))
         scores[seen] = torch.where(scores[seen] > 0, scores[seen] / 3.0, scores[seen] * 3.0)
         assert int(scores.argmax()) == tokens[at]
+
+
+def test_rows_with_virtual_tokens_alone_are_the_bases(
+    tiny_model: Callable[[str], Path],
+    stores: Callable[[str], Path],
+    make_engine: Callable[..., Any],
+    replay_graphs: Callable[[Any], list[Any]],
+) -> None:
+    """Once their keys and values are in the cache, decoding costs what the base's does, eager and graphed."""
+    fields = {"store": str(stores("llama")), "prefix_caching": False}
+    eager, graphed = (make_engine(tiny_model("llama"), **fields) for _ in range(2))
+    made = replay_graphs(graphed.engine)
+    answers = []
+    for driver in (eager, graphed):
+        ids = [driver.submit([9, 8, 7], digest_of(name)) for name in ("prefix", "prompt")]
+        answers.append(driver.run(*ids))
+        assert not driver.engine.base.context.rows.adapted
+    assert answers[0] == answers[1]
+    assert {each.variant for each in made if each.replays} == {Variant.BASE}
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])

@@ -12,7 +12,15 @@ from typing import NamedTuple
 import torch
 
 from veneer.adapters.arena import ALIGNMENT, Arena
-from veneer.kernels.tables import AdapterTables, absent_entries, find_deltas, find_hidden, find_transforms
+from veneer.kernels.tables import (
+    ABSENT,
+    OFFSETS,
+    AdapterTables,
+    absent_entries,
+    find_deltas,
+    find_hidden,
+    find_transforms,
+)
 from veneer.kernels.upload import copy_by_kernel, upload_into
 
 
@@ -76,6 +84,8 @@ class Slots:
         """From the next launch on, kernels find the adapter with these entries (int64 [sites, COLUMNS])."""
         self.tables.entries_host[place.slot] = entries
         upload_into(entries, self.tables.entries[place.slot])
+        if bool((entries[:, OFFSETS] != ABSENT).any()):
+            self.tables.acting.add(place.slot)
         if any(transforms := find_transforms(entries)):
             self.tables.transforms[place.slot] = transforms
         if any(deltas := find_deltas(entries)):
@@ -87,6 +97,7 @@ class Slots:
         """Give a place back. Steps launched so far still read it: see `launched`."""
         copy_by_kernel(self._absent.view(-1), self.tables.entries[place.slot].view(-1))
         self.tables.entries_host[place.slot] = absent_entries(self._absent.shape[0])
+        self.tables.acting.discard(place.slot)
         self.tables.transforms.pop(place.slot, None)
         self.tables.deltas.pop(place.slot, None)
         self.tables.hidden.pop(place.slot, None)

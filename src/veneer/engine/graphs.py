@@ -287,13 +287,14 @@ class StepGraphs(ABC):
     def _find(self, planned: Rows[Scheduled], bucket: int) -> _Captured | None:
         """The graph of the least variant that does what these need, if there is one."""
         tables = self._base.context.tables
-        slots = {item.slot for item in planned}
-        need = Variant.BASE if slots <= {BASE_SLOT} else Variant.ADAPTED
-        if tables is not None and (changes := [c for slot in slots if (c := tables.transforms.get(slot))]):
+        assert tables is not None  # the runner sets them
+        slots = tables.acting.intersection(item.slot for item in planned)
+        need = Variant.ADAPTED if slots else Variant.BASE
+        if changes := [tables.transforms[slot] for slot in slots if slot in tables.transforms]:
             need = Variant.TURNED if any(change.inputs for change in changes) else Variant.SCALED
-        if tables is not None and not slots.isdisjoint(tables.deltas):
+        if not slots.isdisjoint(tables.deltas):
             need = Variant.CHANGED
-        if tables is not None and not slots.isdisjoint(tables.hidden):
+        if not slots.isdisjoint(tables.hidden):
             need = Variant.HIDDEN
         found = (self._captured.get((bucket, variant)) for variant in self._variants if variant >= need)
         return next(filter(None, found), None)

@@ -304,6 +304,7 @@ class Runner:
     def _tiles(self, segments: Rows[Segment], rows: int) -> RowTiles:
         tables = self._step.tables
         assert tables is not None  # set at the start
+        segments = tables.acting_in(segments)
         transforms = tables.transforms_of({segment.slot for segment in segments})
         flags = tables.delta(segments), tables.has_hidden(segments)
         return make_tiles(segments, rows, self._slots, self.base.device, transforms, *flags)

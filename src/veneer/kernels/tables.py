@@ -76,6 +76,7 @@ class AdapterTables:
     transforms: dict[int, Transforms] = field(default_factory=dict)  # host: by slot, where there are any
     deltas: dict[int, Deltas] = field(default_factory=dict)  # likewise
     hidden: dict[int, frozenset[int]] = field(default_factory=dict)  # likewise, see `find_hidden`
+    acting: set[int] = field(default_factory=set)  # host: slots of adapters that have anything at some site
 
     @cached_property
     def ints(self) -> torch.Tensor:
@@ -99,6 +100,10 @@ class AdapterTables:
             not segments or any(site in sites.dense for sites in found),
             not segments or any(site in sites.sparse for sites in found),
         )
+
+    def acting_in(self, segments: Iterable[Segment]) -> list[Segment]:
+        """The segments, those of adapters that have nothing at any site (only virtual tokens) as the base's."""
+        return [s if s.slot in self.acting else s._replace(slot=BASE_SLOT) for s in segments]
 
     def transforms_of(self, slots: Iterable[int]) -> Transforms:
         """The sites at which an adapter in one of these slots changes the base's input or output."""
