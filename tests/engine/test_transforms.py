@@ -252,6 +252,31 @@ def test_packed_parts_are_read_alone_where_tiles_end(sizes: tuple[int, ...], own
 # ---- graphs -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", [None, "ia3"])
+def test_warming_up_runs_what_the_variant_does_and_leaves_the_tables_alone(
+    kind: str | None,
+    tiny_model: Callable[[str], Path],
+    store_of: Callable[[str], Path],
+    make_engine: Callable[..., Any],
+) -> None:
+    driver = make_engine(tiny_model("llama"), store=str(store_of("llama")), max_loras=1)
+    if kind is not None:
+        driver.run(submit(driver, 0, kind))  # in the first slot
+    step, runner = driver.engine.base.context, driver.engine.runner
+    tables = step.tables
+    before = (set(tables.acting), dict(tables.transforms), dict(tables.deltas), dict(tables.hidden))
+    for variant in Variant:
+        runner._warm_up(16, variant, 64)
+        found = (
+            step.rows.adapted,
+            *map(bool, step.rows.transforms[::-1]),
+            step.rows.deltas,
+            step.rows.hidden,
+        )
+        assert found == tuple(variant >= each for each in tuple(Variant)[1:])
+    assert before == (tables.acting, tables.transforms, tables.deltas, tables.hidden)
+
+
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_decode_graphs_have_a_variant_for_it(
     quantization: str,

@@ -173,6 +173,10 @@ class Runner:
         assert tables is not None
         flags: tuple[dict[int, Any], ...] = (tables.transforms, tables.deltas, tables.hidden)
         kept = [dict(each) for each in flags]
+        acting = set(tables.acting)
+        tables.acting.add(0)
+        for each in flags:
+            each.pop(0, None)
         everywhere, nowhere = frozenset(range(tables.entries.shape[1])), frozenset[int]()
         if variant >= Variant.SCALED:
             inputs = everywhere if variant >= Variant.TURNED else nowhere
@@ -184,6 +188,7 @@ class Runner:
         try:
             self.logits(self._idle(rows, BASE_SLOT if variant == Variant.BASE else 0, max_model_len))
         finally:
+            tables.acting.intersection_update(acting)
             for each, before in zip(flags, kept, strict=True):
                 each.clear()
                 each.update(before)
