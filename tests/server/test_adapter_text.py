@@ -210,6 +210,11 @@ def test_the_digest_covers_them(server: Server) -> None:
         ({"tokenizer_config": "[]"}, "must be a JSON object"),
         ({"tokenizer_config": '{"eos_token": {"id": 3}}'}, "eos_token must be text"),
         ({"tokenizer_config": '{"eos_token": "<never>"}'}, "'<never>' is no token"),
+        ({"tokenizer_config": json.dumps({"bos_token": "x" * 1025})}, "at most 1024 characters"),
+        (
+            {"tokenizer_config": '{"added_tokens_decoder": {"' + "9" * 5000 + '": "<x>"}}'},
+            "the added token '<x>' is 9999",
+        ),
         ({"tokenizer_config": '{"added_tokens_decoder": 3}'}, "must be an object"),
         (
             {"tokenizer_config": '{"added_tokens_decoder": {"3": {"content": "<x>"}}}'},

@@ -55,13 +55,24 @@ def test_the_text_is_the_same(sandbox: Sandbox, options: dict[str, Any]) -> None
         ("{% include '/etc/passwd' %}", "no loader"),
         ("{{ ''.__class__.__mro__ }}", "__class__"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ raise_exception(messages[0].content * 10**5) }}", "llo <b>  h"),
     ],
 )
 def test_a_template_that_fails_is_a_bad_request(sandbox: Sandbox, source: str, says: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         SandboxedTemplate(source, {}, sandbox).render(MESSAGES)
     assert says in refused.value.message
+    assert len(refused.value.message) <= 2000
     assert (refused.value.status, refused.value.param) == (400, "messages")
+
+
+def test_what_is_nested_too_deep_is_a_bad_request(sandbox: Sandbox) -> None:
+    template = SandboxedTemplate("{{ deep }}", {}, sandbox)
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(InvalidRequest, match="nested too deep"):
+        template.render(MESSAGES, variables={"deep": deep})
 
 
 def test_a_template_that_does_not_end_is_ended(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ CONFIG_LIMIT = 1 << 20  # bytes
 # What a tokenizer's save_pretrained writes beside them, and how many bytes each may have. Requests for the adapter
 # are then tokenized, rendered and ended by these. An adapter may bring any of them.
 TEXT_FILES: Mapping[str, int] = {
-    "tokenizer.json": 64 << 20,
+    "tokenizer.json": 40 << 20,
     "tokenizer_config.json": 4 << 20,
     "special_tokens_map.json": 1 << 20,
     "added_tokens.json": 4 << 20,

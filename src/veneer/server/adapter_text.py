@@ -69,7 +69,8 @@ class AdapterTexts:
         self._sandbox = Sandbox()
         self._texts: OrderedDict[str, Text] = OrderedDict()  # by digest
         self._tokenizers: WeakValueDictionary[bytes, TextTokenizer] = WeakValueDictionary()  # by file
-        self._loading = threading.Lock()  # one at a time: a tokenizer takes much memory while it is read
+        self._loading = threading.Lock()
+        self._parsing = threading.Lock()  # one at a time: a tokenizer takes much memory while it is parsed
         self._threads = ThreadPoolExecutor(4, "adapter-text")
 
     def close(self) -> None:
@@ -134,13 +135,14 @@ class AdapterTexts:
             return self.base.tokenizer, 0
         data = file.read_bytes()
         key = hashlib.sha256(data).digest()
-        tokenizer = self._tokenizers.get(key)
-        if tokenizer is None:
-            loaded = load_tokenizer(data, self.base.tokenizer.definition)
-            tokenizer = guarded(lambda: _tried(TextTokenizer(loaded)))
-            if tokenizer.fingerprint == self.base.tokenizer.fingerprint:
-                tokenizer = self.base.tokenizer
-            self._tokenizers[key] = tokenizer
+        with self._parsing:
+            tokenizer = self._tokenizers.get(key)
+            if tokenizer is None:
+                loaded = load_tokenizer(data, self.base.tokenizer.definition)
+                tokenizer = guarded(lambda: _tried(TextTokenizer(loaded)))
+                if tokenizer.fingerprint == self.base.tokenizer.fingerprint:
+                    tokenizer = self.base.tokenizer
+                self._tokenizers[key] = tokenizer
         return tokenizer, 0 if tokenizer is self.base.tokenizer else len(data)
 
     def _special_tokens(self, folder: Path) -> Mapping[str, str]:
@@ -180,7 +182,7 @@ def _check_added_tokens(folder: Path, tokenizer: TextTokenizer) -> None:
         raise InvalidRequest("tokenizer_config.json: added_tokens_decoder must be an object.")
     for index, token in decoder.items():
         text = token.get("content") if isinstance(token, dict) else token
-        told[str(text)] = int(index) if index.isdecimal() else index
+        told[str(text)] = int(index) if index.isdecimal() and len(index) < 10 else index
     for text, index in told.items():
         if tokenizer.token_id(text) != index:
             raise InvalidRequest(

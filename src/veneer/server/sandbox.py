@@ -30,6 +30,7 @@ SECONDS = 2.0  # for one job
 MEMORY = 512 << 20  # bytes of a child's address space
 TEXT_LIMIT = 16 << 20  # bytes of a rendered conversation
 PENALTY = 60.0  # seconds for which a template that ended its child is not tried again
+_MESSAGE = 2000  # characters of an error: a template chooses them
 _KEPT = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ")  # of the environment
 
 
@@ -67,10 +68,14 @@ class Sandbox:
 
     def run(self, job: _Job) -> str:
         """The rendered text. Raises InvalidRequest when the template fails, or goes beyond a limit."""
+        try:
+            data = msgspec.json.encode(job)
+        except RecursionError:
+            raise InvalidRequest("messages: they are nested too deep.", param="messages") from None
         child = self._free.get()
         try:
             child = child or _start()
-            answer = _exchange(child, job)
+            answer = _exchange(child, data)
             if answer is None:
                 status, child = _end(child), None
                 raise InvalidRequest(_why_ended(status), param="messages", code="template_limit")
@@ -145,8 +150,8 @@ def _start() -> subprocess.Popen[bytes]:
     )
 
 
-def _exchange(child: subprocess.Popen[bytes], job: _Job) -> _Answer | None:
-    """The answer; None when the child ended without one."""
+def _exchange(child: subprocess.Popen[bytes], job: bytes) -> _Answer | None:
+    """The answer to an encoded job; None when the child ended without one."""
     assert child.stdin is not None
     assert child.stdout is not None
     try:
@@ -179,8 +184,7 @@ def _why_ended(status: int) -> str:
     return f"messages: the adapter's chat template ended its process ({status}); it may need too much memory."
 
 
-def _write(pipe: IO[bytes], message: _Job | _Answer) -> None:
-    data = msgspec.json.encode(message)
+def _write(pipe: IO[bytes], data: bytes) -> None:
     pipe.write(len(data).to_bytes(8, "little") + data)
     pipe.flush()
 
@@ -208,7 +212,7 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_REAL, SECONDS)  # nobody handles the alarm: it ends the process
         answer = _answer(data, compiled)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        _write(sys.stdout.buffer, answer)
+        _write(sys.stdout.buffer, msgspec.json.encode(answer))
 
 
 def _compile(source: str, special_tokens: tuple[tuple[str, str], ...]) -> ChatTemplate:
@@ -216,8 +220,8 @@ def _compile(source: str, special_tokens: tuple[tuple[str, str], ...]) -> ChatTe
 
 
 def _answer(data: bytes, compiled: Any) -> _Answer:
-    job = msgspec.json.decode(data, type=_Job)
     try:
+        job = msgspec.json.decode(data, type=_Job)
         template = compiled(job.source, tuple(sorted(job.special_tokens.items())))
         if not job.messages:
             return _Answer()
@@ -229,10 +233,10 @@ def _answer(data: bytes, compiled: Any) -> _Answer:
         )
         size = len(text.encode())
     except InvalidRequest as error:
-        return _Answer(error=error.message, param=error.param)
-    except (Exception, MemoryError) as error:
+        return _Answer(error=error.message[:_MESSAGE], param=error.param)
+    except Exception as error:
         what = f"messages: the adapter's chat template cannot be used: {type(error).__name__}: {error}"
-        return _Answer(error=what[:2000], param="messages")
+        return _Answer(error=what[:_MESSAGE], param="messages")
     if size > TEXT_LIMIT:
         return _Answer(
             error=f"messages: the adapter's chat template makes {size:,} bytes of this conversation; "

@@ -95,7 +95,7 @@ def read_source(folder: Path) -> str | None:
     if isinstance(found, list) and all(isinstance(entry, dict) for entry in found):
         named = {str(entry.get("name")): entry.get("template") for entry in found}
         if "default" not in named:
-            names = ", ".join(sorted(named))
+            names = ", ".join(sorted(named))[:200]
             raise InvalidRequest(
                 f"tokenizer_config.json has several chat templates ({names}) and none is named 'default'."
             )

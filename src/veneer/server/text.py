@@ -11,6 +11,7 @@ import codecs
 import hashlib
 import json
 import re
+import reprlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from veneer.errors import InvalidRequest, VeneerError
 
 Value = TypeVar("Value")
 
+_SPECIAL_LIMIT = 1024  # characters; a template may repeat a special token with every message
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -32,9 +34,10 @@ def read_special_tokens(folder: Path) -> dict[str, str]:
     for name in _SPECIAL:
         token = config.get(name)
         text = token.get("content") if isinstance(token, dict) else token
-        if not isinstance(text, str | None) or (text is None and token):
+        if not isinstance(text, str | None) or (text is None and token) or len(text or "") > _SPECIAL_LIMIT:
             raise InvalidRequest(
-                f"tokenizer_config.json: {name} must be text or an added token (got {token})."
+                f"tokenizer_config.json: {name} must be text of at most {_SPECIAL_LIMIT} characters or an added "
+                f"token (got {reprlib.repr(token)})."
             )
         if text:
             found[name] = text
@@ -260,11 +263,11 @@ def guarded(work: Callable[[], Value]) -> Value:
     except VeneerError:
         raise
     except Exception as error:
-        raise InvalidRequest(f"the tokenizer fails: {error}") from error
+        raise InvalidRequest(f"the tokenizer fails: {str(error)[:500]}") from error
     except BaseException as error:
         if type(error).__module__ != "pyo3_runtime":  # its PanicException is no Exception
             raise
-        raise InvalidRequest(f"the tokenizer fails: {error}") from error
+        raise InvalidRequest(f"the tokenizer fails: {str(error)[:500]}") from error
 
 
 def _byte_alphabet() -> dict[str, int]:
