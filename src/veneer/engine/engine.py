@@ -331,13 +331,14 @@ class Engine:
 
     def stats(self) -> messages.Stats:
         scheduler = self.scheduler
-        adapters: dict[str, messages.AdapterStats] = {}
-        counts = scheduler.adapter_counts()
-        for key, entry in (dict.fromkeys(counts, messages.AdapterStats()) | self.residency.stats()).items():
-            running, waiting = counts.get(key, (0, 0))
-            entry = msgspec.structs.replace(entry, running=running, waiting=waiting)
-            digest, _ = split_key(key)
-            adapters[digest] = adapters.get(digest, messages.AdapterStats()) + entry
+        adapters = self.residency.stats()
+        for key, (running, waiting) in scheduler.adapter_counts().items():
+            entry = adapters.get(key, messages.AdapterStats())
+            adapters[key] = msgspec.structs.replace(entry, running=running, waiting=waiting)
+        for key in list(adapters):
+            digest, task = split_key(key)
+            if task:
+                adapters[digest] = adapters.get(digest, messages.AdapterStats()) + adapters.pop(key)
         return messages.Stats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
