@@ -164,7 +164,7 @@ def test_pins_outlive_the_process(start: Start, lora: Path, tmp_path: Path) -> N
     (tmp_path / "engine.log").unlink()
     process = start().until_ready()
     (pin,) = received(tmp_path, "PinAdapter")
-    assert pin["digest"] == httpx.get(f"{process.url}/v1/adapters/demo").json()["digest"]
+    assert pin["key"] == httpx.get(f"{process.url}/v1/adapters/demo").json()["digest"]
     assert process.end(signal.SIGTERM) == 0
 
 
