@@ -169,21 +169,21 @@ def test_steps_with_prompts_replay_graphs(
     expected = answer_all(eager, asks, between=None)
     for driver, between in ((graphed, 1), (graphed, 2), (graphed, 0), (chunked, 1), (chunked, 0)):
         answer_all(driver, asks[:4], None)  # loads the adapters
-        before = driver.engine.runner.mixed_graphs.replays
+        runner = driver.engine.runner
+        before, eager_before = runner.mixed_graphs.replays, runner.eager_steps
         found = answer_all(driver, asks, between)
-        if between:  # each prompt comes in a step of its own
-            assert driver.engine.runner.mixed_graphs.replays - before > len(asks) / 2
+        assert runner.mixed_graphs.replays > before
+        if between:  # only few prompts come together, so that no step has over 1024 rows
+            assert runner.eager_steps == eager_before
         if packed:
             assert_same_up_to_rounding(found, expected)
         else:
             assert [[t for t, _ in items] for items in found] == [[t for t, _ in items] for items in expected]
 
 
-@pytest.mark.parametrize("graphs", ["decode", "all"])
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_no_request_waits_for_a_kernel_to_be_compiled(
-    graphs: str,
     tiny_model: Callable[[str], Path],
     tmp_path: Path,
     make_engine: Callable[..., Any],
@@ -204,7 +204,7 @@ def test_no_request_waits_for_a_kernel_to_be_compiled(
         quantization="nf4",
         nf4_kernels="packed",
         prefix_caching=False,
-        cuda_graphs=graphs,
+        cuda_graphs="all",
     )
     compiled: list[str] = []
     monkeypatch.setattr("triton.knobs.runtime.jit_cache_hook", lambda **found: compiled.append(found["repr"]))

@@ -44,8 +44,7 @@ from veneer.kernels.upload import upload
 
 logger = logging.getLogger(__name__)
 
-# Of eager steps that cut their kernels in different ways (kernels/low_rank.py, kernels/nf4_plan.py).
-WARM_UP_ROWS = (16, 32, 64, 128, 256, 257, 513, 1025, 2049)
+WARM_UP_ROWS = (1025, 2049)  # of steps that no graph holds; kernels/low_rank.py cuts them differently
 
 
 def allocate_kv(base: Base, num_pages: int, page_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -133,7 +132,7 @@ class Runner:
         self._tokens = torch.zeros(max_rows, dtype=torch.int64, device=base.device)
 
     def prepare(self, max_batch: int, max_model_len: int, graphs: str) -> None:
-        """From here on steps replay CUDA graphs, and no request waits for a kernel to be compiled.
+        """From here on steps replay CUDA graphs, and with "all" no request waits for a kernel to be compiled.
 
         graphs: "decode": those of decode steps, but for adapters that change weights, have activations or act at
         hidden states; "all": those too, and mixed steps of up to 1024 rows. The base and plain adapters are ready
@@ -148,8 +147,7 @@ class Runner:
                 assert family is not None
                 chore = partial(family.capture, bucket, variant, pool)
                 chore() if variant <= Variant.ADAPTED else self.chores.append(chore)
-        captured = MIXED_BUCKETS[-1] if graphs == "all" else 1
-        for rows in (rows for rows in WARM_UP_ROWS if captured < rows <= self._max_rows):
+        for rows in (rows for rows in WARM_UP_ROWS if rows <= self._max_rows):
             for variant in Variant:
                 chore = partial(self._warm_up, rows, variant, max_model_len)
                 chore() if variant <= Variant.ADAPTED else self.chores.append(chore)
