@@ -334,11 +334,14 @@ def test_the_command(
 ) -> None:
     trained = train(init_lora_weights="pissa")
     output = tmp_path / "new" / "out"
+    (trained.folder / "chat_template.jinja").write_text("goes along")
+    (trained.folder / "README.md").write_text("does not")
     arguments = ["adapters", "convert", str(trained.folder), "--weights", str(trained.weights)]
     assert main([*arguments, "--output", str(output)]) == 0
     assert capsys.readouterr().out == f"{output}: a plain LoRA of rank 8 at 4 layers\n"
     before = {path.name: path.read_bytes() for path in output.iterdir()}
-    assert set(before) == {CONFIG_FILE, WEIGHTS_FILE}
+    assert set(before) == {CONFIG_FILE, WEIGHTS_FILE, "chat_template.jinja"}
+    assert before["chat_template.jinja"] == b"goes along"
 
     assert main([*arguments, "--output", str(output)]) == 1
     assert "exists and is not overwritten" in capsys.readouterr().err

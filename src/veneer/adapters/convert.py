@@ -32,7 +32,7 @@ from veneer.adapters.checkpoint import Checkpoint, shown
 from veneer.adapters.methods import lora
 from veneer.adapters.methods.common import PREFIX, add_head_copy, per_site, wrong
 from veneer.adapters.model_weights import Weights
-from veneer.adapters.names import CONFIG_FILE, WEIGHTS_FILE
+from veneer.adapters.names import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE
 from veneer.adapters.program import HEAD, Site
 from veneer.adapters.staging import sync
 from veneer.adapters.taken import DOUBT_LIMIT, TAKES, Taken
@@ -101,7 +101,7 @@ def convert(folder: Path, weights: Path, output: Path) -> Converted:
         tensors[f"{key}.lora_A.weight"] = torch.cat([a, taken.a]).contiguous()
         tensors[f"{key}.lora_B.weight"] = torch.cat([b, -taken.b], dim=1).contiguous()
     warnings += _judge(kind, doubtful, likeness)
-    write(output, _plain(checkpoint.config), tensors)
+    write(output, _plain(checkpoint.config), tensors, texts=folder)
     return Converted(tuple(2 * layer.rank for layer in layers), tuple(warnings))
 
 
@@ -258,8 +258,10 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def write(output: Path, config: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    """Both files, under the final name only when they are complete."""
+def write(
+    output: Path, config: Mapping[str, Any], tensors: dict[str, torch.Tensor], *, texts: Path | None = None
+) -> None:
+    """The files, and those of the tokenizer in `texts`; under the final name only when they are complete."""
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
@@ -267,7 +269,10 @@ def write(output: Path, config: Mapping[str, Any], tensors: dict[str, torch.Tens
         save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         (partial / WEIGHTS_FILE).chmod(0o644)  # safetensors writes 0600
         (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        for path in (partial / WEIGHTS_FILE, partial / CONFIG_FILE, partial):
+        for name in TEXT_FILES:
+            if texts is not None and (texts / name).is_file():
+                shutil.copyfile(texts / name, partial / name)
+        for path in (*partial.iterdir(), partial):
             sync(path)
         check_free(output)
         partial.rename(output)

@@ -1,6 +1,6 @@
 """`/v1/adapters` and `/v1/aliases`: upload, list, delete, pin, roll back, and names for adapters.
 
-    POST   /v1/adapters                  form: name + files twice, or archive, or source (+ revision); or JSON.
+    POST   /v1/adapters                  form: name + files, or archive, or source (+ revision); or JSON.
                                          allow_ineffective=true: also one that does not change the output
     GET    /v1/adapters                  every adapter's current version
     GET    /v1/adapters/NAME[@VERSION]   one, with its versions; an alias shows the version behind it

@@ -75,7 +75,7 @@ def _pack_experts(arguments: argparse.Namespace) -> int:
         raise InvalidRequest("--weights: an Arrow router is packed without any; leave it out")
     check_free(arguments.output)
     config, tensors = pack(arguments.folder)
-    write(arguments.output, config, tensors)
+    write(arguments.output, config, tensors, texts=arguments.folder)
     print(f"{arguments.output}: a router over {', '.join(config['arrow_experts'])}")
     return 0
 
