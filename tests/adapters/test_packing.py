@@ -266,7 +266,7 @@ def test_activations_that_fit_the_rank_are_packed(part: SiteProgram) -> None:
         activated(12, Activation("arrow", group=3, count=3, top_k=4)),
         activated(12, Activation("arrow", group=2, count=4, top_k=-1)),
         activated(13, Activation("arrow", group=3, count=3, top_k=2)),
-        activated(130, Activation("arrow", group=1, count=65, top_k=2)),
+        activated(66, Activation("arrow", group=1, count=33, top_k=2)),
         activated(14, Activation("fusion", group=3, count=2, inner="softmax")),
         activated(14, Activation("fusion", group=3, count=2, top_k=1)),
         activated(15, Activation("fusion", group=3, count=2)),

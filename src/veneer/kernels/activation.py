@@ -130,7 +130,7 @@ def activate_triton(
     parts = min(-(-workspace.rank_bound // block_r), MAX_PARTS)
     jit.activate[(min(capacity * sites * parts, PROGRAMS),)](
         planes, out, tables.arena, tables.entries, tiles.tiles, tiles.used, site, rows, capacity,
-        workspace.rank_stride, tables.entries.stride(0),
-        SITES=sites, PARTS=parts, SPLITS=planes.shape[1], BLOCK_M=tiles.tile_rows, BLOCK_R=block_r,
-        CHOICES=MAX_CHOICES, num_warps=4 if prefill else 2, **launch_options(tables.arena.device),
+        planes.shape[1], workspace.rank_stride, tables.entries.stride(0),
+        SITES=sites, PARTS=parts, BLOCK_M=tiles.tile_rows, BLOCK_R=block_r,
+        CHOICES=MAX_CHOICES, num_warps=8 if prefill else 2, **launch_options(tables.arena.device),
     )  # fmt: skip

@@ -27,7 +27,7 @@ MAX_BLOCK = 256  # features of a rotation; a larger one would cost as much as th
 ALIGNED = 16  # elements; offsets are multiples, so that kernels load whole vectors
 ELEMENTWISE = ("", "relu", "silu", "gelu", "gelu_tanh", "tanh", "sigmoid", "leaky_relu")
 ACTIVATIONS = (*ELEMENTWISE, "softmax", "arrow", "fusion")  # by their number in ACTIVATION; "" is none
-MAX_CHOICES = 64  # among which an arrow or a fusion chooses: a kernel holds all their scores at once
+MAX_CHOICES = 32  # among which an arrow or a fusion chooses: a kernel holds all their scores at once
 
 
 class Deltas(NamedTuple):

@@ -44,13 +44,14 @@ def load_number(entry, COLUMN: tl.constexpr, slot):
 
 @triton.jit
 def load_inner(
-    planes, arena, inner, row, live, r, inside, plane_size, rank_stride, SPLITS: tl.constexpr
+    planes, arena, inner, row, live, r, inside, splits, plane_size, rank_stride
 ):  # fmt: skip
     """h + d [BLOCK_R, BLOCK_M] at ranks r; 0 where not `inside`. inner: offset of d, or -1."""
     at = planes + row[None, :] * rank_stride + r[:, None]
     mask = live[None, :] & inside[:, None]
     h = tl.load(at, mask=mask, other=0.0)
-    for split in tl.static_range(1, SPLITS):
+    # not unrolled in full: there are many of these loops, and compiling them would take long
+    for split in tl.range(1, splits, loop_unroll_factor=4):
         h += tl.load(at + split * plane_size, mask=mask, other=0.0)
     if inner >= 0:
         h += tl.load(arena + inner + r, mask=inside, other=0.0).to(tl.float32)[:, None]
@@ -65,20 +66,23 @@ def store_rows(out, h, row, live, r, inside, rank_stride):
 @triton.jit
 def apply(h, kind):
     """The elementwise activation of this number."""
+    scaled = h
+    if kind == GELU_TANH:  # (1 + tanh(u)) / 2 = sigmoid(2u)
+        scaled = 1.5957691216057308 * (h + 0.044715 * h * h * h)
+    elif kind == TANH:
+        scaled = 2 * h
+    sigmoid = 1 / (1 + tl.exp(-scaled))  # of several kinds: code once
     result = h
     if kind == RELU:
         result = tl.maximum(h, 0.0)
-    elif kind == SILU:
-        result = h / (1 + tl.exp(-h))
+    elif (kind == SILU) | (kind == GELU_TANH):
+        result = h * sigmoid
     elif kind == GELU:
         result = 0.5 * h * (1 + tl.erf(h * 0.7071067811865476))
-    elif kind == GELU_TANH:  # (1 + tanh(u)) / 2 = sigmoid(2u)
-        result = h / (1 + tl.exp(-1.5957691216057308 * (h + 0.044715 * h * h * h)))
     elif kind == TANH:
-        decay = tl.exp(-2 * tl.abs(h))
-        result = tl.where(h < 0, -1.0, 1.0) * (1 - decay) / (1 + decay)
+        result = 2 * sigmoid - 1
     elif kind == SIGMOID:
-        result = 1 / (1 + tl.exp(-h))
+        result = sigmoid
     elif kind == LEAKY_RELU:
         result = tl.where(h < 0, 0.01 * h, h)
     return result
@@ -104,10 +108,11 @@ def keep_largest(score, choice, top_k, CHOICES: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["site", "rows_total", "capacity"], do_not_specialize_on_alignment=["tiles", "used"]
+    do_not_specialize=["site", "rows_total", "capacity", "splits"],
+    do_not_specialize_on_alignment=["tiles", "used"],
 )
 def activate(
-    planes,  # float32 [SITES, SPLITS, rows_total, rank_stride]
+    planes,  # float32 [SITES, splits, rows_total, rank_stride]
     out,  # float32 [SITES, 1, rows_total, rank_stride]
     arena,
     entries,  # int64 [slots, sites, ENTRY]
@@ -116,11 +121,11 @@ def activate(
     site,  # the first
     rows_total,
     capacity,
+    splits,  # planes of a site
     rank_stride,
     slot_stride,  # elements of `entries` from slot to slot
     SITES: tl.constexpr,
     PARTS: tl.constexpr,  # programs that share the ranks of a tile at a site
-    SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     CHOICES: tl.constexpr,  # the most of an arrow or a fusion
@@ -144,12 +149,12 @@ def activate(
         inner = tl.load(entry + INNER_COLUMN, mask=slot >= 0, other=-1)
         row = first.to(tl.int64) + tl.arange(0, BLOCK_M)
         live = tl.arange(0, BLOCK_M) < rows
-        source = planes + member * SPLITS * plane_size
+        source = planes + member * splits * plane_size
         target = out + member * plane_size
         if kind <= LAST_ELEMENTWISE:
             for start in range(part * BLOCK_R, rank, PARTS * BLOCK_R):
                 r = start + tl.arange(0, BLOCK_R)
-                h = load_inner(source, arena, inner, row, live, r, r < rank, plane_size, rank_stride, SPLITS)
+                h = load_inner(source, arena, inner, row, live, r, r < rank, splits, plane_size, rank_stride)
                 store_rows(target, apply(h, kind), row, live, r, r < rank, rank_stride)
         elif kind == SOFTMAX:
             for group in range(part, rank // size, PARTS):
@@ -158,7 +163,7 @@ def activate(
                 for start in range(group * size, stop, BLOCK_R):
                     r = start + tl.arange(0, BLOCK_R)
                     h = load_inner(
-                        source, arena, inner, row, live, r, r < stop, plane_size, rank_stride, SPLITS
+                        source, arena, inner, row, live, r, r < stop, splits, plane_size, rank_stride
                     )
                     h = tl.where((r < stop)[:, None], h, float("-inf"))
                     peak = tl.maximum(peak, tl.reduce(h, 0, _elementwise_max))
@@ -166,14 +171,14 @@ def activate(
                 for start in range(group * size, stop, BLOCK_R):
                     r = start + tl.arange(0, BLOCK_R)
                     h = load_inner(
-                        source, arena, inner, row, live, r, r < stop, plane_size, rank_stride, SPLITS
+                        source, arena, inner, row, live, r, r < stop, splits, plane_size, rank_stride
                     )
                     weight = tl.where((r < stop)[:, None], tl.exp(h - peak[None, :]), 0.0)
                     total += tl.reduce(weight, 0, _sum_combine)
                 for start in range(group * size, stop, BLOCK_R):
                     r = start + tl.arange(0, BLOCK_R)
                     h = load_inner(
-                        source, arena, inner, row, live, r, r < stop, plane_size, rank_stride, SPLITS
+                        source, arena, inner, row, live, r, r < stop, splits, plane_size, rank_stride
                     )
                     weight = tl.exp(h - peak[None, :]) / total[None, :]
                     store_rows(target, weight, row, live, r, r < stop, rank_stride)
@@ -181,7 +186,7 @@ def activate(
             choice = tl.arange(0, CHOICES)
             choices = rank // (1 + size) if kind == ARROW else rank // (1 + 2 * size)
             score = load_inner(
-                source, arena, inner, row, live, choice, choice < choices, plane_size, rank_stride, SPLITS
+                source, arena, inner, row, live, choice, choice < choices, splits, plane_size, rank_stride
             )
             keys = choices * size  # from a bottleneck to its key
             if kind == ARROW:
@@ -194,7 +199,7 @@ def activate(
                     for start in range(choices + each * size, stop, BLOCK_R):
                         r = start + tl.arange(0, BLOCK_R)
                         h = load_inner(
-                            source, arena, inner, row, live, r, r < stop, plane_size, rank_stride, SPLITS
+                            source, arena, inner, row, live, r, r < stop, splits, plane_size, rank_stride
                         )
                         key = load_inner(
                             source,
@@ -204,9 +209,9 @@ def activate(
                             live,
                             keys + r,
                             r < stop,
+                            splits,
                             plane_size,
                             rank_stride,
-                            SPLITS,
                         )
                         total += tl.reduce(apply(h, detail) * key, 0, _sum_combine)
                     score += tl.where((choice == each)[:, None], total[None, :], 0.0)
@@ -220,7 +225,7 @@ def activate(
                 for start in range(choices + each * size, stop, BLOCK_R):
                     r = start + tl.arange(0, BLOCK_R)
                     h = load_inner(
-                        source, arena, inner, row, live, r, r < stop, plane_size, rank_stride, SPLITS
+                        source, arena, inner, row, live, r, r < stop, splits, plane_size, rank_stride
                     )
                     if kind != ARROW:
                         h = apply(h, detail)
