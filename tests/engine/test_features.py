@@ -250,6 +250,12 @@ def test_routers_that_do_not_fit_are_refused(
         ({"bias": "all"}, 'bias = "all": PEFT\'s Arrow takes A, B and the scale of each expert alone'),
         (expert(use_dora=True), "task_1: .*use_dora = true: PEFT's Arrow takes A, B"),
         (expert(bias="lora_only"), 'task_1: .*bias = "lora_only": PEFT\'s Arrow'),
+        (
+            expert(trainable_token_indices=[3]),
+            r"task_1: .*trainable_token_indices = \[3\]: PEFT's Arrow takes",
+        ),
+        ({"ensure_weight_tying": True}, "ensure_weight_tying = true: PEFT's Arrow takes"),
+        (expert(target_modules=["embed_tokens"]), "task_1: .*embed_tokens"),
         (expert(arrow_config={}), "task_1: .*an expert cannot be a router"),
         (expert(peft_type="VERA"), "task_1: .*peft_type"),
         (expert(target_modules=["q_proj"]), "task_1: it must be at exactly the 6 layers .*, and is at 3"),
