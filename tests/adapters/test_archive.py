@@ -73,6 +73,26 @@ def test_unpacks_both_files(make: Make, prefix: str, tmp_path: Path) -> None:
 
 
 @MAKERS
+def test_adapterhubs_names(make: Make, tmp_path: Path) -> None:
+    """Its weights are stored under the one name; a head beside them would be lost."""
+    files = {CONFIG_FILE: FILES[CONFIG_FILE], "adapter.safetensors": FILES[WEIGHTS_FILE]}
+    skipped = unpack(io.BytesIO(make(files | {"head_config.json": b"{}"})), Staging(tmp_path), LIMIT)
+    assert contents(tmp_path) == FILES
+    assert skipped == ("head_config.json",)
+    for extra, words in (
+        ("model_head.safetensors", "veneer adapters convert FOLDER --output OUT"),
+        ("pytorch_model_head.bin", "veneer adapters convert FOLDER --output OUT"),
+        ("pytorch_adapter.bin", "pickle files can run code"),
+        (WEIGHTS_FILE, "the archive has a second file of that kind"),
+    ):
+        folder = tmp_path / f"with {extra}"
+        folder.mkdir()
+        message = refusal(make(files | {extra: b"x"}), folder)
+        assert extra in message
+        assert words in message
+
+
+@MAKERS
 def test_companions_are_skipped_and_reported(make: Make, tmp_path: Path) -> None:
     extra = {
         "a/README.md": b"x",

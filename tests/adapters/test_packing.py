@@ -10,6 +10,7 @@ import torch
 from veneer.adapters.arena import ALIGNMENT
 from veneer.adapters.packing import pack, packed_size
 from veneer.adapters.program import Activation, Program, Prompt, Site, SiteProgram, SparseMatrix, TokenRows
+from veneer.adapters.reach import Reach, Span
 from veneer.errors import AdapterRefused
 from veneer.kernels.tables import (
     ABSENT,
@@ -24,6 +25,7 @@ from veneer.kernels.tables import (
     OUT_OFFSET,
     OUT_PAIR,
     RANK,
+    SLOTS_EACH,
     SPARSE_OFFSET,
     TOKENS,
     TOKENS_OFFSET,
@@ -60,12 +62,14 @@ def test_entries_find_every_tensor_at_its_true_rank(dtype: torch.dtype) -> None:
     program = example()
     packed = pack(program, SITES, dtype, pin=False)
     assert packed.blob.dtype == dtype
-    assert packed.entries.shape == (5, COLUMNS)
-    assert packed.entries[:, RANK].tolist() == [5, 0, 33, 0, 0]
-    assert packed.entries[:, IN_BLOCK].tolist() == [0, 8, 0, 0, 0]
-    assert packed.entries[:, OUT_PAIR].tolist() == [0, 4, 0, 0, 0]
-    assert packed.entries[2, [ACTIVATION, GROUP, DETAIL]].tolist() == [ACTIVATIONS.index("arrow"), 10, 2]
-    assert not packed.entries[[0, 1, 3, 4]][:, [ACTIVATION, GROUP, DETAIL]].any()
+    assert packed.entries.shape == (SLOTS_EACH, 5, COLUMNS)
+    entries, tail = packed.entries
+    assert torch.equal(tail, absent_entries(5))
+    assert entries[:, RANK].tolist() == [5, 0, 33, 0, 0]
+    assert entries[:, IN_BLOCK].tolist() == [0, 8, 0, 0, 0]
+    assert entries[:, OUT_PAIR].tolist() == [0, 4, 0, 0, 0]
+    assert entries[2, [ACTIVATION, GROUP, DETAIL]].tolist() == [ACTIVATIONS.index("arrow"), 10, 2]
+    assert not entries[[0, 1, 3, 4]][:, [ACTIVATION, GROUP, DETAIL]].any()
     taken = 0
     for index, site in enumerate(SITES):
         part = program.sites.get(site.name, SiteProgram())
@@ -74,7 +78,7 @@ def test_entries_find_every_tensor_at_its_true_rank(dtype: torch.dtype) -> None:
         if part.scale_out is not None and part.cross_out is not None:
             scales = torch.stack((part.scale_out - 1, part.cross_out))
         stored = (part.a, part.b, part.bias, turn, scales, part.dense, None, None, part.inner_bias)
-        for offset, tensor in zip(packed.entries[index, OFFSETS].tolist(), stored, strict=True):
+        for offset, tensor in zip(entries[index, OFFSETS].tolist(), stored, strict=True):
             if tensor is None:
                 assert offset == ABSENT
                 continue
@@ -91,7 +95,7 @@ def test_bfloat16_holds_what_differs_from_the_identity() -> None:
     part = SiteProgram(rotate_in=torch.full((24, 1, 1), 1.001), scale_out=torch.full((40,), 0.999))
     packed = pack(Program("ia3", {"q": part}), SITES, torch.bfloat16, pin=False)
     for column, size, change in ((IN_OFFSET, 24, 0.001), (OUT_OFFSET, 40, -0.001)):
-        offset = int(packed.entries[0, column])
+        offset = int(packed.entries[0, 0, column])
         found = packed.blob[offset : offset + size].float()
         assert torch.allclose(found, torch.tensor(change), rtol=2**-8)
 
@@ -132,8 +136,8 @@ def tokens() -> TokenRows:
 def test_whole_numbers_keep_their_bits(dtype: torch.dtype) -> None:
     program = Program("x", {"v": SiteProgram(sparse=matrix(), tokens=tokens())})
     packed = pack(program, SITES, dtype, pin=False)
-    [sparse, rows] = packed.entries[2, [SPARSE_OFFSET, TOKENS_OFFSET]].tolist()
-    assert packed.entries[:, TOKENS].tolist() == [0, 0, 3, 0, 0]
+    [sparse, rows] = packed.entries[0, 2, [SPARSE_OFFSET, TOKENS_OFFSET]].tolist()
+    assert packed.entries[0, :, TOKENS].tolist() == [0, 0, 3, 0, 0]
     at = sparse
     for stored in (matrix().starts, matrix().columns):
         place = at * dtype.itemsize // 4
@@ -184,9 +188,9 @@ def test_entries_at_moves_only_what_is_there() -> None:
     moved = packed.entries_at(1280)
     assert torch.equal(packed.entries, before)
     sizes = [RANK, IN_BLOCK, OUT_PAIR]
-    assert torch.equal(moved[:, sizes], before[:, sizes])
+    assert torch.equal(moved[..., sizes], before[..., sizes])
     for was, now in zip(
-        before[:, OFFSETS].flatten().tolist(), moved[:, OFFSETS].flatten().tolist(), strict=True
+        before[..., OFFSETS].flatten().tolist(), moved[..., OFFSETS].flatten().tolist(), strict=True
     ):
         assert now == (ABSENT if was == ABSENT else was + 1280)
 
@@ -195,7 +199,7 @@ def test_rank_zero_is_absent() -> None:
     empty = Program("lora", {"k": SiteProgram(torch.empty(0, 24), torch.empty(0, 16))})
     packed = pack(empty, SITES, torch.float32, pin=False)
     assert packed.size == 0
-    assert torch.equal(packed.entries, absent_entries(5))
+    assert torch.equal(packed.entries, absent_entries(SLOTS_EACH, 5))
 
 
 def test_a_value_beyond_the_dtype_is_refused_by_site() -> None:
@@ -250,7 +254,7 @@ FITTING = [
 def test_activations_that_fit_the_rank_are_packed(part: SiteProgram) -> None:
     packed = pack(Program("some", {"q": part}), SITES, torch.float32, pin=False)
     assert part.activation is not None
-    assert packed.entries[0, ACTIVATION] == ACTIVATIONS.index(part.activation.kind)
+    assert packed.entries[0, 0, ACTIVATION] == ACTIVATIONS.index(part.activation.kind)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +321,7 @@ def test_virtual_tokens_come_after_the_tensors_of_sites(dtype: torch.dtype) -> N
     for prompt in (Prompt(SHAPE, kv=kv), Prompt(SHAPE, embeddings=embeddings)):
         program = Program("both", sites, prompt=prompt)
         packed = pack(program, SITES, dtype, pin=False)
-        assert tuple(packed.layout) == (packed.size, packed.prompt, ())
+        assert tuple(packed.layout) == (packed.size, packed.prompt, Reach(virtual=5))
         assert packed.size == packed_size(program, dtype.itemsize)
         assert packed.entries.equal(plain.entries)
         assert packed.blob[: plain.size].equal(plain.blob)
@@ -338,9 +342,32 @@ def test_virtual_tokens_come_after_the_tensors_of_sites(dtype: torch.dtype) -> N
     assert plain.prompt is None
 
 
-def test_the_layout_has_the_invocation() -> None:
-    packed = pack(Program("activated", {}, invocation=(4, 2)), SITES, torch.float32, pin=False)
-    assert packed.layout.invocation == (4, 2)
+def test_the_layout_says_where_the_adapter_acts() -> None:
+    span = Span(3, 2, has_tail=True)
+    unplaced = Prompt(SHAPE, kv=torch.ones(SHAPE), takes_positions=False)
+    for program, reach in (
+        (Program("plain", {}), Reach()),
+        (Program("activated", {}, invocation=(4, 2)), Reach(invocation=(4, 2))),
+        (Program("ends", {}, span=span), Reach(span=span)),
+        (Program("prefix", {}, prompt=unplaced), Reach(virtual=5, virtual_positions=False)),
+    ):
+        assert pack(program, SITES, torch.float32, pin=False).layout.reach == reach
+
+
+def test_a_tail_has_entries_of_its_own() -> None:
+    torch.manual_seed(5)
+    head = {"q": SiteProgram(torch.randn(2, 24), torch.randn(2, 40))}
+    tail = {name: SiteProgram(torch.randn(3, 24), torch.randn(3, 16)) for name in ("k", "v")}
+    program = Program("ends", head, span=Span(1, 1, has_tail=True), tail=tail)
+    assert (program.rank, program.num_bytes(4)) == (3, 4 * (2 * 64 + 2 * 3 * 40))
+    packed = pack(program, SITES, torch.float32, pin=False)
+    assert packed.size == packed_size(program, 4)
+    assert packed.entries[:, :, RANK].tolist() == [[2, 0, 0, 0, 0], [0, 3, 3, 0, 0]]
+    at = int(packed.entries[1, 2, OFFSETS[0]])
+    assert packed.blob[at : at + 72].view(3, 24).equal(tail["v"].tensors[0])
+    assert not Program("ends", {}, tail=tail).is_identity
+    with pytest.raises(ValueError, match="nowhere"):
+        pack(Program("ends", {}, tail={"nowhere": tail["k"]}), SITES, torch.float32, pin=False)
 
 
 def test_virtual_tokens_must_fit_type_and_shape() -> None:

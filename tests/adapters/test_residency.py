@@ -21,7 +21,7 @@ from veneer.adapters.arena import ALIGNMENT, align
 from veneer.adapters.program import Program, Site, SiteProgram
 from veneer.adapters.residency import GRACE, Residency
 from veneer.errors import AdapterRefused, Conflict, EngineUnavailable, NotFound, VeneerError
-from veneer.kernels.tables import ABSENT, COLUMNS, RANK, AdapterTables, absent_entries
+from veneer.kernels.tables import ABSENT, COLUMNS, RANK, SLOTS_EACH, AdapterTables, absent_entries
 
 SITES = {
     site.name: site
@@ -200,7 +200,7 @@ def test_tables_start_empty_and_never_move(bench: MakeBench) -> None:
     b = bench()
     tables = b.residency.tables
     before = [t.data_ptr() for t in (tables.arena, tables.entries, tables.entries_host)]
-    assert tables.entries.tolist() == [absent_entries(len(TABLE)).tolist()] * 2
+    assert tables.entries.tolist() == [absent_entries(len(TABLE)).tolist()] * 2 * SLOTS_EACH
     b.touch(*(b.add(name) for name in "abc"))
     assert [t.data_ptr() for t in (tables.arena, tables.entries, tables.entries_host)] == before
     assert b.residency.tables is tables
@@ -247,7 +247,7 @@ def test_the_victim_goes_when_the_copy_of_its_successor_starts(bench: MakeBench)
     assert b.reached.acquire(timeout=PATIENCE)
     b.residency.prefetch(a)  # on the host, so its copy is asked for at once; the loader's thread is held
     assert b.resident() == set()
-    assert b.residency.tables.entries.tolist() == [absent_entries(len(TABLE)).tolist()]
+    assert b.residency.tables.entries.tolist() == absent_entries(SLOTS_EACH, len(TABLE)).tolist()
     assert torch.equal(b.residency.tables.entries, b.residency.tables.entries_host)
     assert b.residency.acquire(a) is None
     gate.set()
@@ -299,7 +299,7 @@ def test_users_are_never_evicted_and_block(bench: MakeBench) -> None:
     b = bench(max_loras=2)
     a, c, d = (b.add(name) for name in "acd")
     slots = {b.use(a), b.use(c)}
-    assert slots == {0, 1}
+    assert slots == {0, SLOTS_EACH}
     b.now += 10 * GRACE
     b.residency.prefetch(d)
     b.until(lambda: d in b.on_host())
@@ -420,7 +420,7 @@ def test_larger_than_the_arena_is_refused(bench: MakeBench) -> None:
 
 
 def test_host_memory_keeps_to_its_budget_least_recently_used_out(bench: MakeBench) -> None:
-    bytes_each = UNIT + len(TABLE) * COLUMNS * 8
+    bytes_each = UNIT + SLOTS_EACH * len(TABLE) * COLUMNS * 8
     b = bench(max_loras=1, host_bytes=2 * bytes_each)
     a, c, d = (b.add(name) for name in "acd")
     b.touch(a, c)
@@ -864,4 +864,4 @@ def test_pinned_memory_is_counted_as_it_is_taken(bench: MakeBench) -> None:
     before = torch.cuda.host_memory_stats()["allocated_bytes.current"]
     b.finish(b.residency.check(b.blobs / b.add("a", units(3)), "a"))
     taken = torch.cuda.host_memory_stats()["allocated_bytes.current"] - before
-    assert b.residency.host_bytes == taken + len(TABLE) * COLUMNS * 8
+    assert b.residency.host_bytes == taken + SLOTS_EACH * len(TABLE) * COLUMNS * 8

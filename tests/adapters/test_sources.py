@@ -119,6 +119,22 @@ def test_folder_with_a_pickle(allowed: Path, staging: Staging) -> None:
         from_folder(str(folder), [allowed], staging, LIMIT)
 
 
+def test_folder_of_adapterhub(allowed: Path, staging: Staging) -> None:
+    folder = adapter(allowed / "bot")
+    (folder / WEIGHTS_FILE).rename(folder / "adapter.safetensors")
+    from_folder(str(folder), [allowed], staging, LIMIT)
+    assert staged(staging) == {CONFIG_FILE: b"{}", WEIGHTS_FILE: b"weights"}
+    (folder / "model_head.safetensors").write_bytes(b"head")
+    with pytest.raises(AdapterRefused, match=r"has model_head\.safetensors: .* --output OUT"):
+        from_folder(str(folder), [allowed], staging, LIMIT)
+    (folder / "adapter.safetensors").unlink()
+    (folder / "pytorch_adapter.bin").write_bytes(b"pickle")
+    second = Staging(staging.path.parent / "second")
+    second.path.mkdir()
+    with pytest.raises(AdapterRefused, match=r"its pytorch_adapter\.bin is a pickle"):
+        from_folder(str(folder), [allowed], second, LIMIT)
+
+
 @pytest.mark.parametrize("kind", ["pipe", "folder"])
 def test_folder_with_something_that_is_no_file(allowed: Path, staging: Staging, kind: str) -> None:
     folder = adapter(allowed / "bot")
@@ -257,6 +273,17 @@ def test_a_tokenizer_file_outside_of_the_roots_is_refused(
     (folder / "chat_template.jinja").write_bytes(bytes((1 << 20) + 1))
     with pytest.raises(TooLarge, match=r"chat_template\.jinja has 1,048,577 bytes"):
         from_folder(str(folder), [allowed], staging, LIMIT)
+
+
+def test_hub_with_adapterhubs_names(hub: tuple[str, type[Hub]], tmp_path: Path, staging: Staging) -> None:
+    repo = hub[1].repos["team/bot"]
+    repo["adapter.safetensors"] = repo.pop(WEIGHTS_FILE)
+    from_hub("team/bot", staging, LIMIT, endpoint=hub[0], cache_dir=tmp_path / "hf")
+    assert staged(staging) == FILES
+    repo["pytorch_model_head.bin"] = b"pickle"
+    with pytest.raises(AdapterRefused, match=r"has pytorch_model_head\.bin: .* --output OUT"):
+        from_hub("team/bot", staging, LIMIT, endpoint=hub[0], cache_dir=tmp_path / "hf2")
+    assert ("GET", "pytorch_model_head.bin") not in hub[1].requests
 
 
 def test_hub_without_connection_uses_the_cache(

@@ -12,10 +12,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.variants import calculate_alora_offsets
 from transformers import AutoModelForCausalLM
 
-from veneer.engine.graphs import MixedGraphs, head_segments_of, segments_of
+from veneer.engine.graphs import DecodeGraphs, MixedGraphs, head_segments_of, segments_of
 from veneer.engine.messages import AdapterChecked, CheckAdapter, SamplingParams
 from veneer.engine.scheduler import Scheduled
-from veneer.engine.sequence import NEVER, Sequence
+from veneer.engine.sequence import Change, Sequence
 from veneer.kernels.low_rank import make_tiles
 from veneer.kernels.tables import BASE_SLOT, Segment
 
@@ -212,16 +212,22 @@ def test_an_upload_is_probed_with_its_invocation(
 # ---- rows and tiles ---------------------------------------------------------------------------------
 
 
-def item(slot: int, start: int, count: int, active_from: int = 0) -> Scheduled:
-    sequence = Sequence(id="s", tokens=[1] * (start + count), sampling=SamplingParams(max_tokens=1))
-    sequence.slot, sequence.active_from = slot, active_from
+def item(slot: int, start: int, count: int, active_from: int | None = 0) -> Scheduled:
+    sequence = Sequence(
+        id="s",
+        tokens=[1] * (start + count),
+        sampling=SamplingParams(max_tokens=1),
+        adapter="a" if slot >= 0 else None,
+    )
+    sequence.slot = slot
+    sequence.changes = () if active_from is None else (Change(active_from, 0),)
     return Scheduled(sequence, start, count, True)
 
 
 def test_rows_before_the_invocation_are_base_rows() -> None:
     items = [
         item(BASE_SLOT, 0, 2),
-        item(2, 0, 3, NEVER),
+        item(2, 0, 3, None),
         item(2, 4, 1, 9),  # all of it comes before
         item(0, 2, 5, 4),  # two of five do
         item(0, 0, 4, 1),
@@ -271,6 +277,45 @@ def test_a_mixed_graph_takes_beginnings_as_far_as_its_tables_reach(
             used = make._tiles[: 1 + 2 * beginnings].tolist()
             expected = [[slot, start, stop - start] for slot, start, stop in segments_of(planned)]
             assert used == [[2 * beginnings, 0, 0], *expected]
+
+
+def test_a_mixed_graph_takes_tails_as_far_as_its_head_table_reaches(
+    tiny_model: Callable[[str], Path], make_engine: Callable[..., Any]
+) -> None:
+    engine = make_engine(tiny_model("llama")).engine
+    sizes: dict[str, int] = {
+        "page_size": 4,
+        "scratch_page": engine.pool.num_pages,
+        "max_pages": 8,
+        "max_batch": 32,
+    }
+    mixed = MixedGraphs(engine.base, engine.runner._tokens, max_rows=256, slots=2, **sizes)
+    decode = DecodeGraphs(engine.base, engine.runner._tokens, slots=2, every_variant=True, **sizes)
+    room = len(mixed._tables.head_tiles) - 1
+
+    def ends(slot: int, start: int) -> Scheduled:
+        """A prompt's last token, on which an adapter's tail acts."""
+        found = item(slot, start, 1)
+        found.sequence.changes = (Change(0, 0), Change(start, 1))
+        return found
+
+    for slots in (1, room // 2, room // 2 + 1):
+        planned = sorted(
+            (each for slot in range(slots) for each in (item(2 * slot, 3, 1), ends(2 * slot, 3))),
+            key=lambda each: each.slot,
+        )
+        assert [each.slot for each in planned] == list(range(2 * slots))
+        assert mixed.fits(planned) == (2 * slots <= room)
+        assert decode.fits(planned) == (
+            2 * slots < decode._tile_entries(next(b for b in decode._buckets if b >= 2 * slots))
+        )
+        if mixed.fits(planned):
+            host = next(mixed._hosts)
+            for each in planned:
+                each.sequence.pages = [0]
+            host.fill_chunks(planned, 32, mixed._head_tile_rows)
+            host.fill(planned, 128, 32, 8, None)
+            assert host._head_tiles[0, 0] == host._tiles[0, 0] == 2 * slots
 
 
 @pytest.mark.gpu

@@ -18,10 +18,11 @@ from typing import NamedTuple
 
 import pytest
 
+from veneer.adapters.reach import Reach, Span
 from veneer.engine.messages import SamplingParams
 from veneer.engine.pages import PagePool
-from veneer.engine.scheduler import AdapterCounts, Batch, Scheduler
-from veneer.engine.sequence import NEVER, VIRTUAL, Sequence
+from veneer.engine.scheduler import AdapterCounts, Batch, Scheduled, Scheduler
+from veneer.engine.sequence import VIRTUAL, Change, Sequence
 from veneer.errors import InvalidRequest, QueueFull
 
 VOCABULARY = 50
@@ -39,6 +40,17 @@ def activation(prompt: list[int], invocation: Iterable[int]) -> float:
     return (found[-1] if found else math.inf) if wanted else 0
 
 
+def acting(adapter: str | None, prompt: int, span: Span | None, first: float, position: int) -> str | None:
+    """What acts on a token behind or in a prompt of so many."""
+    if adapter is None or position < first:
+        return None
+    if span is None:
+        return adapter
+    if prompt - span.last <= position < prompt:
+        return f"{adapter}, tail" if span.has_tail else adapter
+    return adapter if position < min(span.first, prompt) else None
+
+
 def next_token(values: list[int]) -> int:
     return hash(tuple(values)) % VOCABULARY
 
@@ -49,14 +61,15 @@ def expected(
     max_tokens: int,
     stops: Iterable[int] = (),
     invocation: Iterable[int] = (),
+    span: Span | None = None,
 ) -> list[int]:
     """What the model generates when nothing else is there, up to a stop token."""
     tokens, values = list(prompt), [0]
     first = activation(prompt, invocation)
     while len(tokens) < len(prompt) + max_tokens and not {*tokens[len(prompt) :]} & {*stops}:
         for position in range(len(values) - 1, len(tokens)):
-            acting = adapter if position >= first else None
-            values.append(value(values[-1], tokens[position], position, acting))
+            who = acting(adapter, len(prompt), span, first, position)
+            values.append(value(values[-1], tokens[position], position, who))
         tokens.append(next_token(values[1:]))
     return tokens[len(prompt) :]
 
@@ -84,6 +97,7 @@ class Gate:
         self.pinned: set[str] = set()
         self.virtual: dict[str, int] = {}
         self.invocations: dict[str, tuple[int, ...]] = {}
+        self.spans: dict[str, Span] = {}
         self.queue: list[str] = []
         self.resident: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
 
@@ -105,13 +119,13 @@ class Gate:
         entry.used = True
         return entry.slot
 
-    def virtual_tokens(self, digest: str) -> int:
+    def reach(self, digest: str) -> Reach:
         assert self.resident[digest].users
-        return self.virtual.get(digest, 0)
-
-    def invocation(self, digest: str) -> tuple[int, ...]:
-        assert self.resident[digest].users
-        return self.invocations.get(digest, ())
+        return Reach(
+            virtual=self.virtual.get(digest, 0),
+            invocation=self.invocations.get(digest, ()),
+            span=self.spans.get(digest),
+        )
 
     def release(self, digest: str) -> None:
         self.resident[digest].users -= 1
@@ -152,7 +166,7 @@ class Gate:
                 return
             for digest in victims:
                 del self.resident[digest]
-            free = set(range(self.room)) - {entry.slot for entry in self.resident.values()}
+            free = set(range(0, 2 * self.room, 2)) - {entry.slot for entry in self.resident.values()}
             self.resident[self.queue.pop(0)] = Resident(min(free), self.now + self.delay)
             self.loads += 1
 
@@ -185,6 +199,7 @@ class Simulation:
         lookahead: bool = False,
         virtual: dict[str, int] | None = None,
         invocations: dict[str, tuple[int, ...]] | None = None,
+        spans: dict[str, Span] | None = None,
     ) -> None:
         self.now = 0
         self.lookahead = lookahead
@@ -195,7 +210,8 @@ class Simulation:
         self.gate = Gate(slots, delay, sizes, orderly)
         self.gate.virtual = virtual or {}
         self.gate.invocations = invocations or {}
-        self.rows_before = 0  # computed as the base's for sequences with an adapter
+        self.gate.spans = spans or {}
+        self.base_rows = 0  # computed as the base's for sequences with an adapter
         self.scheduler = Scheduler(
             self.pool,
             self.gate,
@@ -266,12 +282,14 @@ class Simulation:
             if item.lead:
                 self.compute(sequence, known, item.start - item.lead, item.lead, sequence.adapter)
                 self.copied += item.lead
-            before_it, acting = item.base_rows, None if item.slot < 0 else sequence.adapter
-            assert (acting is None) == (before_it == item.count or sequence.adapter is None)
-            token = self.compute(sequence, known, item.start, before_it, None)
-            if before_it < item.count:
-                token = self.compute(sequence, known, item.start + before_it, item.count - before_it, acting)
-            self.rows_before += before_it
+            assert item.slot == item.parts[-1][0]
+            token, at = -1, item.start
+            for slot, rows in item.parts:
+                who = {-1: None, sequence.slot: sequence.adapter}.get(slot, f"{sequence.adapter}, tail")
+                token = self.compute(sequence, known, at, rows, who)
+                at += rows
+                self.base_rows += rows * (slot < 0 and sequence.adapter is not None)
+            assert at == item.start + item.count
             if item.samples:
                 tokens[sequence.id] = token
         return Launch(batch, tokens)
@@ -287,7 +305,8 @@ class Simulation:
             output = sequence.tokens[sequence.num_prompt_tokens :]
             p = sequence.sampling
             invocation = self.gate.invocations.get(sequence.adapter or "", ())
-            wanted = expected(sequence.adapter, prompt, p.max_tokens, p.stop_token_ids, invocation)
+            span = self.gate.spans.get(sequence.adapter or "")
+            wanted = expected(sequence.adapter, prompt, p.max_tokens, p.stop_token_ids, invocation, span)
             assert output == wanted, sequence.id
         assert self.pool.used == 0
         assert all(entry.users == 0 for entry in self.gate.resident.values())
@@ -794,11 +813,12 @@ def test_an_adapter_acts_from_the_last_invocation_in_the_prompt_on(
     sim = Simulation(delay=0, invocations={"a": (7, 8)})
     sequence = sim.add(prompt, adapter="a")
     (item,) = sim.step().items
-    assert sequence.active_from == (NEVER if first is None else first)
-    assert item.base_rows == (len(prompt) if first is None else first)
-    assert (item.slot == -1) == (first is None)
+    assert sequence.changes == (() if first is None else (Change(first, 0),))
+    before = len(prompt) if first is None else first
+    parts = [(-1, before), (sequence.slot, len(prompt) - before)]
+    assert item.parts == [(slot, rows) for slot, rows in parts if rows]
     (decode,) = sim.step().items
-    assert (decode.base_rows, decode.slot == -1) == (int(first is None), first is None)
+    assert decode.parts == [(-1 if first is None else sequence.slot, 1)]
     sim.run()
 
 
@@ -852,7 +872,7 @@ def test_pages_with_the_same_tokens_invoked_at_another_place_are_not_shared() ->
     second = sim.add([7, 8, 1, 7, 8, 1], adapter="a")
     third = sim.add([7, 8, 1, 7, 1, 7, 8], adapter="a")
     sim.run()
-    assert [s.active_from for s in (first, second, third)] == [0, 3, 5]
+    assert [s.changes[0].start for s in (first, second, third)] == [0, 3, 5]
     assert (second.num_cached, third.num_cached) == (0, 0)
 
 
@@ -861,7 +881,71 @@ def test_a_preempted_sequence_is_active_from_the_same_place() -> None:
     asked = [sim.add([i, 1, 1, 7, 8, 1], max_tokens=12, adapter="a") for i in range(2)]
     sim.run()
     assert sim.scheduler.preemptions > 0
-    assert [sequence.active_from for sequence in asked] == [3, 3]
+    assert [sequence.changes for sequence in asked] == [(Change(3, 0),)] * 2
+
+
+# ---- the ends of a prompt ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("span", "length", "changes"),
+    [
+        (Span(2, 0, False), 6, [(0, 0), (2, None)]),
+        (Span(0, 2, False), 6, [(0, None), (4, 0), (6, None)]),
+        (Span(2, 3, False), 6, [(0, 0), (2, None), (3, 0), (6, None)]),
+        (Span(2, 3, True), 6, [(0, 0), (2, None), (3, 1), (6, None)]),
+        (Span(3, 3, False), 6, [(0, 0), (6, None)]),
+        (Span(3, 3, True), 6, [(0, 0), (3, 1), (6, None)]),
+        (Span(3, 3, True), 5, [(0, 0), (2, 1), (5, None)]),  # both claim the third: it is of the last
+        (Span(3, 3, True), 2, [(0, 1), (2, None)]),
+        (Span(9, 0, True), 2, [(0, 0), (2, None)]),
+    ],
+)
+def test_an_adapter_acts_on_the_ends_of_a_prompt(
+    span: Span, length: int, changes: list[tuple[int, int | None]]
+) -> None:
+    sequence = Sequence(id="s", tokens=[1] * length, sampling=SamplingParams(max_tokens=1))
+    sequence.apply(Reach(virtual=3, span=span))
+    found = [(start - 3, offset) for start, offset in sequence.changes]
+    assert [change for change in found if change != (0, None)] == [c for c in changes if c != (0, None)]
+    sequence.slot = 4
+    for start in range(length + 4):
+        for rows in range(1, length + 5 - start):
+            parts = Scheduled(sequence, start, rows, True).parts
+            slots = [slot for slot, many in parts for _ in range(many)]
+            who = [
+                acting("a", length, span, 0, at - 3) if at >= 3 else None for at in range(start, start + rows)
+            ]
+            assert slots == [{None: -1, "a": 4}.get(each, 5) for each in who]
+            assert all(one[0] != two[0] for one, two in pairwise(parts))
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+@pytest.mark.parametrize("tokens", [3, 5, 64])
+def test_what_comes_before_the_end_of_the_prompt_is_shared(tokens: int, lookahead: bool) -> None:
+    """Pages in which the adapter does not end to act are the same for all prompts that begin alike."""
+    spans = {"a": Span(2, 3, True), "b": Span(0, 1, False)}
+    sim = Simulation(delay=0, tokens=tokens, lookahead=lookahead, spans=spans)
+    text = [1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 6]
+    first = sim.add([*text, 7], adapter="a", max_tokens=6)
+    sim.run()
+    longer = sim.add([*text, 7, 8, 9, 9, 8, 7], adapter="a")
+    again = sim.add([*text, 7], adapter="a")
+    shorter = sim.add(text[:10], adapter="a")
+    base = sim.add([*text, 7])
+    sim.run()
+    whole = sim.add(first.tokens[:17], adapter="a")
+    sim.run()
+    cached = [sequence.num_cached for sequence in (first, longer, again, shorter, base, whole)]
+    assert cached == [0, 8, 12, 4, 0, 12]  # the last shares what the second made, not what the first did
+    assert sim.base_rows > 0
+    last = sim.add([*text, 7], adapter="b")
+    sim.run()
+    assert last.num_cached == 12  # the base's
+    sim.pool.forget("a")
+    forgotten = sim.add([*text, 7], adapter="a")
+    sim.run()
+    assert forgotten.num_cached == 0
 
 
 def test_an_id_in_use_is_refused() -> None:
@@ -1075,6 +1159,7 @@ def test_soak(seed: int, orderly: bool, lookahead: bool) -> None:
         lookahead=lookahead,
         virtual={f"adapter-{i}": rng.randrange(9) for i in range(0, 20, 3)},
         invocations={f"adapter-{i}": (i % 3, (i + 1) % 3)[: 1 + i % 2] for i in range(1, 20, 3)},
+        spans={f"adapter-{i}": Span(i % 4, i % 5, i % 2 == 0) for i in range(2, 20, 6)},
     )
     room = sim.pool.num_pages * sim.pool.page_size
     prefixes = [[rng.randrange(VOCABULARY) for _ in range(12)] for _ in range(3)]
@@ -1100,7 +1185,7 @@ def test_soak(seed: int, orderly: bool, lookahead: bool) -> None:
     assert len(sim.done) > 60
     assert sim.gate.loads > 20
     assert sim.copied > 50
-    assert sim.rows_before > 50
+    assert sim.base_rows > 50
     assert not sim.scheduler.refused
     assert sim.scheduler.preemptions > 10
     assert (sim.launched_ahead > 40) == lookahead

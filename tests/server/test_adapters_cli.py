@@ -40,6 +40,15 @@ def cli(make_server: MakeServer, capsys: pytest.CaptureFixture[str]) -> Cli:
     return Cli(make_server(adapters=("sql",)).until_ready(), capsys)
 
 
+def test_pushes_a_folder_of_adapterhub(cli: Cli, lora: Path) -> None:
+    (lora / "adapter_model.safetensors").rename(lora / "adapter.safetensors")
+    assert cli("push", "hub", str(lora)) == 0
+    assert cli.out.startswith("hub version 1 digest ")
+    (lora / "model_head.safetensors").write_bytes(b"head")
+    assert cli("push", "hub", str(lora)) == 1
+    assert "model_head.safetensors: AdapterHub's library trains the output head" in cli.err
+
+
 def test_the_life_of_an_adapter(cli: Cli, lora: Path) -> None:
     assert cli("push", "org/new", str(lora)) == 0
     assert cli.out.startswith("org/new version 1 digest ")

@@ -93,6 +93,19 @@ def test_an_archive(fresh: Server, name: str, make: Callable[[], bytes]) -> None
     assert reply.json()["digest"] == plain["digest"]
 
 
+def test_weights_as_adapterhub_calls_them(fresh: Server) -> None:
+    plain = made(fresh, "plain")
+    sent = [("files", ("adapter_config.json", b"{}")), ("files", ("adapter.safetensors", WEIGHTS))]
+    reply = fresh.http.post("/v1/adapters", data={"name": "hub"}, files=sent)
+    assert reply.status_code == 201, reply.text
+    assert reply.json()["digest"] == plain["digest"]
+    for name in ("pytorch_adapter.bin", "model_head.safetensors"):
+        sent[1] = ("files", (name, WEIGHTS))
+        reply = fresh.http.post("/v1/adapters", data={"name": "hub2"}, files=sent)
+        assert reply.status_code == 400
+        assert f"the file '{name}' is not read" in reply.json()["error"]["message"]
+
+
 def test_a_source_goes_to_the_hub(fresh: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str | None]] = []
 

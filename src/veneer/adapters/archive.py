@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-from veneer.adapters.names import CONFIG_FILE, FILES, WANTED
+from veneer.adapters.names import CONFIG_FILE, FILES, HEAD_ADVICE, HEAD_FILES, WANTED, stored_name
 from veneer.adapters.staging import Staging, file_limits
 from veneer.errors import AdapterRefused
 
@@ -34,6 +34,7 @@ _COMPANIONS = {
     "LICENSE",
     "LICENSE.txt",
     "README.md",
+    "head_config.json",
     "merges.txt",
     "tokenizer.model",
     "trainer_state.json",
@@ -88,17 +89,16 @@ def unpack(archive: BinaryIO, staging: Staging, max_bytes: int) -> tuple[str, ..
             path = _checked_path(entry)
             if entry.is_folder:
                 continue
-            if path.name in limits and not _is_finder_copy(path):
-                if path.name in found:
-                    raise _refused(
-                        entry.name, f"the archive has a second file of that name, {found[path.name]}"
-                    )
-                found[path.name] = path
-                chunks = _limited(entry, limits[path.name])
-                staging.write(path.name, chunks, limits[path.name])
+            if (name := stored_name(path.name)) in limits and not _is_finder_copy(path):
+                if name in found:
+                    raise _refused(entry.name, f"the archive has a second file of that kind, {found[name]}")
+                found[name] = path
+                staging.write(name, _limited(entry, limits[name]), limits[name])
             elif path.name in _COMPANIONS or _is_finder_copy(path):
                 spare -= sum(len(chunk) for chunk in _limited(entry, spare))
                 skipped.append(path.name)
+            elif path.name in HEAD_FILES:
+                raise _refused(entry.name, HEAD_ADVICE)
             elif path.suffix in _PICKLES:
                 raise _refused(entry.name, "pickle files can run code; save with safe_serialization=True")
             else:

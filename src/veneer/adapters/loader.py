@@ -119,7 +119,8 @@ class Loader:
     def copy(self, key: str, place: Place, after: torch.cuda.Event | None) -> Future[torch.Tensor]:
         """Write an adapter into its range of the arena, once `after` has passed on the compute stream.
 
-        The result is the adapter's entries, int64 [sites, COLUMNS]; when it is there the copy has completed.
+        The result is the adapter's entries, int64 [SLOTS_EACH, sites, COLUMNS]; when it is there the copy has
+        completed.
         """
         return self._submit(COPY, lambda: self._copy(key, place, after), Future())
 

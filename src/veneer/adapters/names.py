@@ -19,6 +19,11 @@ from veneer.errors import InvalidRequest, NotFound
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 FILES = (CONFIG_FILE, WEIGHTS_FILE)  # every adapter has both
+ADAPTERHUB_WEIGHTS = "adapter.safetensors"  # what AdapterHub's library calls it; it is stored as WEIGHTS_FILE
+HEAD_FILES = (
+    "model_head.safetensors",
+    "pytorch_model_head.bin",
+)  # that library's, of the head beside an adapter
 CONFIG_LIMIT = 1 << 20  # bytes
 # What a tokenizer's save_pretrained writes beside them, and how many bytes each may have. Requests for the adapter
 # are then tokenized, rendered and ended by these. An adapter may bring any of them.
@@ -31,6 +36,11 @@ TEXT_FILES: Mapping[str, int] = {
     "generation_config.json": 1 << 20,
 }
 WANTED = f"{' and '.join(FILES)}, and beside them what a tokenizer saves: {', '.join(TEXT_FILES)}"
+
+HEAD_ADVICE = (
+    "AdapterHub's library trains the output head with an adapter; `veneer adapters convert FOLDER --output OUT` "
+    "puts both into one file, which is served if the head is still the base's. If it was not trained, leave it out"
+)
 
 NAME_LIMIT = 128  # characters
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._/-]{{0,{NAME_LIMIT - 1}}}")
@@ -62,6 +72,11 @@ def split_key(key: str) -> tuple[str, int]:
     """Digest and task of a key. Most adapters know no tasks: what they are is their task 0."""
     digest, _, task = key.partition("/")
     return digest, int(task or 0)
+
+
+def stored_name(filename: str) -> str:
+    """The name under which a file of an adapter is stored."""
+    return WEIGHTS_FILE if filename == ADAPTERHUB_WEIGHTS else filename
 
 
 def is_name(text: str) -> bool:

@@ -11,6 +11,7 @@ import torch
 
 from veneer.adapters.arena import align
 from veneer.adapters.program import HEAD, Program, Prompt, Site, SiteProgram, SparseMatrix, TokenRows
+from veneer.adapters.reach import EVERYWHERE, Reach
 from veneer.errors import AdapterRefused
 from veneer.kernels.tables import (
     A_OFFSET,
@@ -32,6 +33,7 @@ from veneer.kernels.tables import (
     OUT_OFFSET,
     OUT_PAIR,
     RANK,
+    SLOTS_EACH,
     SPARSE_OFFSET,
     TOKENS,
     TOKENS_OFFSET,
@@ -60,7 +62,7 @@ class Layout(NamedTuple):
 
     size: int  # elements, a multiple of the alignment
     prompt: PackedPrompt | None
-    invocation: tuple[int, ...] = ()  # see `Program`
+    reach: Reach = EVERYWHERE
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,13 @@ class PackedAdapter:
     """An adapter in host memory as it will lie in the arena, at its true ranks."""
 
     blob: torch.Tensor  # [elements] of the engine's dtype, pinned when it goes to a GPU
-    entries: torch.Tensor  # int64 [sites, COLUMNS], of kernels/tables.py, offsets from the blob's start
+    entries: torch.Tensor  # int64 [SLOTS_EACH, sites, COLUMNS], of kernels/tables.py, offsets from the blob
     prompt: PackedPrompt | None = None
-    invocation: tuple[int, ...] = ()
+    reach: Reach = EVERYWHERE
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.size, self.prompt, self.invocation)
+        return Layout(self.size, self.prompt, self.reach)
 
     @property
     def size(self) -> int:
@@ -90,10 +92,10 @@ class PackedAdapter:
         return taken + self.entries.nbytes
 
     def entries_at(self, start: int) -> torch.Tensor:
-        """The entries for a blob that lies at `start` in the arena, int64 [sites, COLUMNS]."""
+        """The entries for a blob that lies at `start` in the arena, int64 [SLOTS_EACH, sites, COLUMNS]."""
         moved = self.entries.clone()
-        offsets = moved[:, OFFSETS]
-        moved[:, OFFSETS] = offsets + (offsets != ABSENT) * start
+        offsets = moved[..., OFFSETS]
+        moved[..., OFFSETS] = offsets + (offsets != ABSENT) * start
         return moved
 
 
@@ -101,7 +103,7 @@ def packed_size(program: Program, itemsize: int) -> int:
     """Elements of `itemsize` bytes that `pack` will take, known before anything is allocated."""
     at_sites = sum(
         align(sum(_room(tensor, itemsize) for tensor in tensors))
-        for site in program.sites.values()
+        for site in program.parts
         for _, tensors in _tensors(site)
     )
     return at_sites + _prompt_size(program.prompt)
@@ -113,26 +115,31 @@ def pack(program: Program, sites: Sequence[Site], dtype: torch.dtype, pin: bool)
     `sites` are the base's, in the order of the tables. Raises `AdapterRefused` for a value that `dtype` cannot
     hold, and ValueError for a program that does not fit the sites: that is a fault of the method that made it.
     """
-    if unknown := program.sites.keys() - {site.name for site in sites}:
+    if unknown := {*program.sites, *program.tail} - {site.name for site in sites}:
         raise ValueError(f"the program has tensors at {sorted(unknown)}, which the base does not have")
     blob = torch.zeros(packed_size(program, dtype.itemsize), dtype=dtype, pin_memory=pin)
-    entries = absent_entries(len(sites))
+    entries = absent_entries(SLOTS_EACH, len(sites))
     offset = 0
-    for index, site in enumerate(sites):
-        part = program.sites.get(site.name)
-        if part is None:
-            continue
-        _check_shapes(part, site)
-        entries[index, RANK], entries[index, OUT_PAIR] = part.rank, part.pair
-        entries[index, IN_BLOCK] = 0 if part.rotate_in is None else part.rotate_in.shape[1]
-        entries[index, TOKENS] = 0 if part.tokens is None else len(part.tokens.ids)
-        if (found := part.activation) is not None:
-            numbers = (ACTIVATIONS.index(found.kind), found.group, found.detail)
-            entries[index, [ACTIVATION, GROUP, DETAIL]] = torch.tensor(numbers)
-        for column, tensors in _tensors(part):
-            entries[index, column] = offset
-            offset = _put_all(tensors, blob, offset, f"at {site.name}")
-    return PackedAdapter(blob, entries, _pack_prompt(program.prompt, blob, offset), program.invocation)
+    for parts, table in zip((program.sites, program.tail), entries, strict=True):
+        for index, site in enumerate(sites):
+            if part := parts.get(site.name):
+                offset = _pack_site(part, site, table[index], blob, offset)
+    return PackedAdapter(blob, entries, _pack_prompt(program.prompt, blob, offset), program.reach)
+
+
+def _pack_site(part: SiteProgram, site: Site, entry: torch.Tensor, blob: torch.Tensor, offset: int) -> int:
+    """Write the tensors from `offset` on, and where they lie into `entry`; returns the offset after them."""
+    _check_shapes(part, site)
+    entry[RANK], entry[OUT_PAIR] = part.rank, part.pair
+    entry[IN_BLOCK] = 0 if part.rotate_in is None else part.rotate_in.shape[1]
+    entry[TOKENS] = 0 if part.tokens is None else len(part.tokens.ids)
+    if (found := part.activation) is not None:
+        numbers = (ACTIVATIONS.index(found.kind), found.group, found.detail)
+        entry[[ACTIVATION, GROUP, DETAIL]] = torch.tensor(numbers)
+    for column, tensors in _tensors(part):
+        entry[column] = offset
+        offset = _put_all(tensors, blob, offset, f"at {site.name}")
+    return offset
 
 
 def _put_all(tensors: Sequence[torch.Tensor], blob: torch.Tensor, offset: int, where: str) -> int:

@@ -14,8 +14,9 @@ A x is the column of A of the token.
 
 A site may also be a hidden state of a decoder layer, y = h, where only B^T phi(A x + d) + beta is added (`Site`).
 
-An adapter may also have virtual tokens, which stand in front of every prompt (`Prompt`), or invocation tokens:
-then its primitives act from the last place on where a prompt has these, and not at all where it has them nowhere.
+An adapter may also have virtual tokens, which stand in front of every prompt (`Prompt`). Its primitives act on
+every token, or on some (reach.py): from the last place on where a prompt has the invocation tokens, and not at all
+where it has them nowhere; or on the first and last tokens of a prompt, where the last may have their own (`tail`).
 
 Both factors carry the rank first, so a weighted blend of adapters is the concatenation of their rows.
 A new primitive is a new field of `SiteProgram`, packed by residency.py and applied by engine/layers.py.
@@ -30,6 +31,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from veneer.adapters.reach import Reach, Span
 from veneer.kernels.tables import ELEMENTWISE
 
 HEAD = "lm_head"  # the output head of every served architecture
@@ -179,7 +181,7 @@ class SiteProgram:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Virtual tokens at the positions before a prompt: their keys and values, or what the base makes them of.
+    """Virtual tokens in front of a prompt: their keys and values, or what the base makes them of.
 
     Tensors are contiguous, on the CPU, float32; one of the two is there.
     """
@@ -187,6 +189,7 @@ class Prompt:
     shape: tuple[int, int, int, int, int]  # of keys and values: layers, 2, tokens, kv_heads, head_dim
     kv: torch.Tensor | None = None  # of `shape`, keys as attention reads them: no RoPE is applied
     embeddings: torch.Tensor | None = None  # [tokens, hidden], the input of the first layer
+    takes_positions: bool = True  # False: the prompt begins at position 0 all the same; only with `kv`
 
     @property
     def tokens(self) -> int:
@@ -229,15 +232,29 @@ class Program:
     prompt: Prompt | None = None
     invocation: tuple[int, ...] = ()  # token ids; empty: it acts on every row
     tasks: int = 0  # how many the file has; this is one of them. 0: it knows no tasks
+    span: Span | None = None  # it acts on the ends of a prompt alone
+    tail: Mapping[str, SiteProgram] = field(default_factory=dict)  # at a prompt's last tokens instead
+
+    @property
+    def reach(self) -> Reach:
+        """What the scheduler must know of it."""
+        tokens = 0 if self.prompt is None else self.prompt.tokens
+        placed = self.prompt is None or self.prompt.takes_positions
+        return Reach(tokens, placed, self.invocation, self.span)
+
+    @property
+    def parts(self) -> tuple[SiteProgram, ...]:
+        """What is at all the sites, those of the tail included."""
+        return (*self.sites.values(), *self.tail.values())
 
     @property
     def rank(self) -> int:
         """The largest rank over the sites."""
-        return max((site.rank for site in self.sites.values()), default=0)
+        return max((site.rank for site in self.parts), default=0)
 
     @property
     def primitives(self) -> tuple[str, ...]:
-        used = frozenset[str]().union(*(site.primitives for site in self.sites.values()))
+        used = frozenset[str]().union(*(site.primitives for site in self.parts))
         found = [name for name in PRIMITIVES if name in used]
         if self.prompt is not None:
             found.append(KV_PREFIX if self.prompt.embeddings is None else EMBEDDING_PREFIX)
@@ -246,13 +263,13 @@ class Program:
     @property
     def is_identity(self) -> bool:
         """True when nothing can change the output. Virtual tokens always can: they take part in attention."""
-        return self.prompt is None and all(site.is_identity for site in self.sites.values())
+        return self.prompt is None and all(site.is_identity for site in self.parts)
 
     def num_bytes(self, itemsize: int) -> int:
         """Bytes on the device with numbers of `itemsize` bytes: over all sites, and of the virtual tokens."""
         at_sites = sum(
             tensor.numel() * (itemsize if tensor.is_floating_point() else tensor.itemsize)
-            for site in self.sites.values()
+            for site in self.parts
             for tensor in site.tensors
         )
         return at_sites + (0 if self.prompt is None else self.prompt.num_elements * itemsize)

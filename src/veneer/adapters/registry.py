@@ -1,4 +1,4 @@
-"""The table of methods: which file lowers which `peft_type`."""
+"""The table of methods: which file lowers which `peft_type`, or which of AdapterHub's configs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ from pathlib import Path
 from veneer.adapters.checkpoint import Checkpoint, shown
 from veneer.adapters.methods import (
     adalora,
+    adapterhub,
+    adapterhub_bottleneck,
+    adapterhub_fusion,
+    adapterhub_lora,
+    adapterhub_prefix_tuning,
+    adapterhub_reft,
     adaption_prompt,
     beft,
     boft,
+    bottleneck,
     c3a,
     cartridge,
     cpt,
@@ -54,8 +61,14 @@ from veneer.errors import AdapterRefused
 METHODS: Mapping[str, Method] = {
     "ADALORA": adalora.lower,
     "ADAPTION_PROMPT": adaption_prompt.lower,
+    "ADAPTERHUB_BOTTLENECK": adapterhub_bottleneck.lower,
+    "ADAPTERHUB_FUSION": adapterhub_fusion.lower,
+    "ADAPTERHUB_LORA": adapterhub_lora.lower,
+    "ADAPTERHUB_PREFIX_TUNING": adapterhub_prefix_tuning.lower,
+    "ADAPTERHUB_REFT": adapterhub_reft.lower,
     "BEFT": beft.lower,
     "BOFT": boft.lower,
+    "BOTTLENECK": bottleneck.lower,
     "C3A": c3a.lower,
     "CARTRIDGE": cartridge.lower,
     "CPT": cpt.lower,
@@ -112,7 +125,7 @@ def lower(folder: Path | str, base: Base, max_rank: int, task: int = 0) -> Progr
         AdapterRefused: the adapter cannot be served exactly as its files say.
     """
     checkpoint = Checkpoint(Path(folder), task)
-    kind = checkpoint.config.get("peft_type")
+    kind = adapterhub.kind_of(checkpoint.config) or checkpoint.config.get("peft_type")
     method = METHODS.get(kind) if isinstance(kind, str) else None
     if isinstance(kind, str) and kind in REFUSED:
         raise AdapterRefused(f"{CONFIG_FILE}: peft_type {shown(kind)} is refused: {REFUSED[kind]}.")

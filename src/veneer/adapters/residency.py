@@ -28,6 +28,7 @@ from veneer.adapters.methods.base import Base
 from veneer.adapters.names import split_key
 from veneer.adapters.packing import Layout
 from veneer.adapters.program import Program
+from veneer.adapters.reach import Reach
 from veneer.adapters.slots import Place, Slots
 from veneer.engine.messages import AdapterStats
 from veneer.errors import Conflict, EngineUnavailable, VeneerError
@@ -142,14 +143,9 @@ class Residency:
         adapter.kept_until = 0.0
         return adapter.place.slot
 
-    def virtual_tokens(self, key: str) -> int:
-        """How many virtual tokens an acquired adapter has."""
-        prompt = self.prompt(key)
-        return 0 if prompt is None else prompt.kv.shape[2]
-
-    def invocation(self, key: str) -> tuple[int, ...]:
-        """The tokens from which on an acquired adapter acts; none when it always does."""
-        return self._adapters[key].layout.invocation
+    def reach(self, key: str) -> Reach:
+        """On which tokens an acquired adapter acts, and what it puts in front of them."""
+        return self._adapters[key].layout.reach
 
     def prompt(self, key: str) -> ResidentPrompt | None:
         """The virtual tokens of an acquired adapter, if it has some. Valid until its last `release`."""

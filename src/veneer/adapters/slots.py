@@ -15,6 +15,7 @@ from veneer.adapters.arena import ALIGNMENT, Arena
 from veneer.kernels.tables import (
     ABSENT,
     OFFSETS,
+    SLOTS_EACH,
     AdapterTables,
     absent_entries,
     find_deltas,
@@ -27,7 +28,7 @@ from veneer.kernels.upload import copy_by_kernel, upload_into
 class Place(NamedTuple):
     """Where one adapter lies."""
 
-    slot: int
+    slot: int  # the first of its `SLOTS_EACH`
     start: int  # elements from the start of the arena
     size: int  # elements
 
@@ -53,13 +54,13 @@ class Slots:
                 f"--max-loras {count} and --adapter-memory {arena_bytes} bytes have room for no adapter; "
                 f"at least 1 and {ALIGNMENT * dtype.itemsize} are needed"
             )
-        self._free = set(range(count))
-        self._absent = absent_entries(sites, device=device)
+        self._free = set(range(0, SLOTS_EACH * count, SLOTS_EACH))
+        self._absent = absent_entries(SLOTS_EACH, sites, device=device)
         self.tables = AdapterTables(
             # Zeroed: padding that a kernel loads beside a tensor is never NaN.
             arena=torch.zeros(self._arena.capacity, dtype=dtype, device=device),
-            entries=absent_entries(count, sites, device=device),
-            entries_host=absent_entries(count, sites),
+            entries=absent_entries(SLOTS_EACH * count, sites, device=device),
+            entries_host=absent_entries(SLOTS_EACH * count, sites),
         )
 
     @property
@@ -81,26 +82,33 @@ class Slots:
         return Place(slot, start, size)
 
     def install(self, place: Place, entries: torch.Tensor) -> None:
-        """From the next launch on, kernels find the adapter with these entries (int64 [sites, COLUMNS])."""
-        self.tables.entries_host[place.slot] = entries
-        upload_into(entries, self.tables.entries[place.slot])
-        if bool((entries[:, OFFSETS] != ABSENT).any()):
-            self.tables.acting.add(place.slot)
-        if any(transforms := find_transforms(entries)):
-            self.tables.transforms[place.slot] = transforms
-        if any(deltas := find_deltas(entries)):
-            self.tables.deltas[place.slot] = deltas
-        if hidden := find_hidden(entries, self._linear_sites):
-            self.tables.hidden[place.slot] = hidden
+        """From the next launch on, kernels find the adapter with these entries.
+
+        They are int64 [SLOTS_EACH, sites, COLUMNS].
+        """
+        slots = slice(place.slot, place.slot + SLOTS_EACH)
+        self.tables.entries_host[slots] = entries
+        upload_into(entries, self.tables.entries[slots])
+        for slot, each in enumerate(entries, place.slot):
+            if bool((each[:, OFFSETS] != ABSENT).any()):
+                self.tables.acting.add(slot)
+            if any(transforms := find_transforms(each)):
+                self.tables.transforms[slot] = transforms
+            if any(deltas := find_deltas(each)):
+                self.tables.deltas[slot] = deltas
+            if hidden := find_hidden(each, self._linear_sites):
+                self.tables.hidden[slot] = hidden
 
     def clear(self, place: Place) -> None:
         """Give a place back. Steps launched so far still read it: see `launched`."""
-        copy_by_kernel(self._absent.view(-1), self.tables.entries[place.slot].view(-1))
-        self.tables.entries_host[place.slot] = absent_entries(self._absent.shape[0])
-        self.tables.acting.discard(place.slot)
-        self.tables.transforms.pop(place.slot, None)
-        self.tables.deltas.pop(place.slot, None)
-        self.tables.hidden.pop(place.slot, None)
+        slots = slice(place.slot, place.slot + SLOTS_EACH)
+        copy_by_kernel(self._absent.view(-1), self.tables.entries[slots].view(-1))
+        self.tables.entries_host[slots] = absent_entries(*self._absent.shape[:-1])
+        for slot in range(slots.start, slots.stop):
+            self.tables.acting.discard(slot)
+            self.tables.transforms.pop(slot, None)
+            self.tables.deltas.pop(slot, None)
+            self.tables.hidden.pop(slot, None)
         self._arena.free(place.start)
         self._free.add(place.slot)
 

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from veneer.adapters.names import FILES, TEXT_FILES
+from veneer.adapters.names import (
+    ADAPTERHUB_WEIGHTS,
+    FILES,
+    HEAD_ADVICE,
+    HEAD_FILES,
+    TEXT_FILES,
+    WEIGHTS_FILE,
+)
 from veneer.adapters.staging import Staging, file_limits, storage_errors
 from veneer.errors import (
     AdapterRefused,
@@ -27,7 +34,7 @@ from veneer.errors import (
 )
 
 CHUNK = 1 << 20  # bytes
-PICKLED = "adapter_model.bin"
+PICKLED = ("adapter_model.bin", "pytorch_adapter.bin")
 
 
 def from_folder(path: str, allowed_roots: Sequence[Path], staging: Staging, max_bytes: int) -> None:
@@ -42,6 +49,11 @@ def from_folder(path: str, allowed_roots: Sequence[Path], staging: Staging, max_
         raise NotFound(f"there is no folder {path!r}", param="lora_path", code="adapter_not_found")
     wanted = [*FILES, *(filename for filename in TEXT_FILES if (folder / filename).exists())]
     files = {filename: _allowed(folder / filename, path, roots) for filename in wanted}
+    theirs = _allowed(folder / ADAPTERHUB_WEIGHTS, path, roots)
+    if not files[WEIGHTS_FILE].exists() and theirs.exists():
+        files[WEIGHTS_FILE] = theirs
+        if heads := [name for name in HEAD_FILES if (folder / name).exists()]:
+            raise _head(heads[0], path)
     _copy(files, path, staging, max_bytes)
 
 
@@ -90,23 +102,45 @@ def from_hub(
     connected = False
     with _hub_errors(repo, revision), storage_errors("a download from the hub"):
         for filename, limit in file_limits(max_bytes).items():
-            fetch = partial(
-                hf_hub_download, repo, filename, revision=commit, endpoint=endpoint, cache_dir=cache_dir
-            )
+            fetch = partial(hf_hub_download, repo, revision=commit, endpoint=endpoint, cache_dir=cache_dir)
+            found = _name_on_hub(filename, fetch)
             try:
-                told = fetch(dry_run=True)
+                told = fetch(found, dry_run=True)
             except EntryNotFoundError as error:
                 # A connection that was there and broke does not say that the repository lacks the file.
                 if filename in FILES or (connected and isinstance(error, LocalEntryNotFoundError)):
                     raise
                 continue
             connected = connected or told.will_download
-            _check_size(filename, told.file_size or 0, limit)
-            cached = Path(fetch())
+            _check_size(found, told.file_size or 0, limit)
+            cached = Path(fetch(found))
             commit = cached.parent.name  # <cache>/…/snapshots/<commit>/<filename>
             files[filename] = cached.resolve()
     _copy(files, repo, staging, max_bytes)
     return str(commit)
+
+
+def _name_on_hub(filename: str, fetch: Callable[..., Any]) -> str:
+    """What a repository calls the file: the weights have another name when AdapterHub's library saved them."""
+    if filename != WEIGHTS_FILE or _is_on_hub(filename, fetch) or not _is_on_hub(ADAPTERHUB_WEIGHTS, fetch):
+        return filename
+    if heads := [name for name in HEAD_FILES if _is_on_hub(name, fetch)]:
+        raise _head(heads[0], "the repository")
+    return ADAPTERHUB_WEIGHTS
+
+
+def _is_on_hub(filename: str, fetch: Callable[..., Any]) -> bool:
+    from huggingface_hub import errors
+
+    try:
+        fetch(filename, dry_run=True)
+    except errors.EntryNotFoundError:  # also when there is no connection and it is not in the cache
+        return False
+    return True
+
+
+def _head(name: str, where: str) -> AdapterRefused:
+    return AdapterRefused(f"{where[:200]!r} has {name}: {HEAD_ADVICE}", param="lora_path")
 
 
 @contextmanager
@@ -127,7 +161,7 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
     except errors.EntryNotFoundError as error:
         raise AdapterRefused(
             f"{where} on the hub holds no adapter: it needs {' and '.join(FILES)} (pickled weights such as "
-            f"{PICKLED} are not read; save the adapter as safetensors)",
+            f"{PICKLED[0]} are not read; save the adapter as safetensors)",
             param="lora_path",
         ) from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
@@ -161,8 +195,8 @@ def _open_regular(path: Path, filename: str, source: str) -> BinaryIO:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError as error:
         reason = f"{source[:200]!r} has no readable {filename} ({error.strerror})"
-        if path.with_name(PICKLED).exists():
-            reason += f"; its {PICKLED} is a pickle, which is never read: save the adapter as safetensors"
+        if pickled := [name for name in PICKLED if path.with_name(name).exists()]:
+            reason += f"; its {pickled[0]} is a pickle, which is never read: save the adapter as safetensors"
         raise AdapterRefused(reason, param="lora_path") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

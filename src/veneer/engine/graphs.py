@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 
 from veneer.engine.base import Base
 from veneer.engine.scheduler import Scheduled
+from veneer.engine.sequence import ALWAYS
 from veneer.kernels.attention import PagedBatch
 from veneer.kernels.low_rank import choose_tile_rows, fill_tiles, tile_capacity, view_tiles
-from veneer.kernels.tables import BASE_SLOT, RowTiles, Segment, Transforms
+from veneer.kernels.tables import RowTiles, Segment, Transforms
 from veneer.kernels.upload import copy_by_kernel
 
 _WARM_UPS = 2  # the first compiles the kernels
@@ -42,18 +43,19 @@ def buckets_up_to(max_batch: int) -> list[int]:
 def segments_of(planned: Rows[Scheduled]) -> list[Segment]:
     """Neighbouring rows of one adapter or of the base, of items sorted by slot.
 
-    Where an adapter begins to act within an item, rows of the base lie between those of adapters.
+    Where an adapter acts on a part of an item, rows of the base lie between those of adapters.
     """
-    parts = []
-    for item in planned:
-        before = item.base_rows
-        parts += [(BASE_SLOT, before), (item.slot, item.count - before)]
-    return _merge([(slot, rows) for slot, rows in parts if rows])
+    return _merge([part for item in planned for part in item.parts])
 
 
 def head_segments_of(planned: Rows[Scheduled]) -> list[Segment]:
     """The same of the items' last rows alone."""
     return _merge([(item.slot, 1) for item in planned])
+
+
+def count_tiles(segments: Rows[Segment], tile_rows: int) -> int:
+    """Into how many tiles the segments are cut."""
+    return sum(-(-(stop - start) // tile_rows) for _, start, stop in segments)
 
 
 def _merge(parts: Rows[tuple[int, int]]) -> list[Segment]:
@@ -188,12 +190,13 @@ class HostTables:
         size, rows = self._page_size, int(counts.sum())
         fields = self._rows[:ROW_FIELDS, :rows]
         owner = np.repeat(np.arange(len(planned)), counts)
-        # A sequence's last row has its last position, and so on backwards.
-        position = np.arange(rows) + (self._rows[LENGTHS, : len(planned)] - counts.cumsum())[owner]
+        # A sequence's last row is its last token, and so on backwards.
+        index = np.arange(rows) + (self._rows[LENGTHS, : len(planned)] - counts.cumsum())[owner]
+        unplaced = np.array([item.sequence.num_unplaced for item in planned], np.int64)
         tokens = (item.sequence.tokens[item.start : item.start + item.count] for item in planned)
         fields[IDS] = 0 if previous else list(chain.from_iterable(tokens))
-        fields[POSITIONS] = position
-        fields[SLOTS] = self._block_table[position // size, owner] * size + position % size
+        fields[POSITIONS] = index - unplaced[owner]
+        fields[SLOTS] = self._block_table[index // size, owner] * size + index % size
         fields[PREVIOUS] = previous or -1
         self._rows[:ROW_FIELDS, rows:bucket] = [[0], [0], [self._scratch[0] * size], [-1]]
 
@@ -288,7 +291,7 @@ class StepGraphs(ABC):
         """The graph of the least variant that does what these need, if there is one."""
         tables = self._base.context.tables
         assert tables is not None  # the runner sets them
-        slots = tables.acting.intersection(item.slot for item in planned)
+        slots = tables.acting.intersection(slot for item in planned for slot, _ in item.parts)
         need = Variant.ADAPTED if slots else Variant.BASE
         if changes := [tables.transforms[slot] for slot in slots if slot in tables.transforms]:
             need = Variant.TURNED if any(change.inputs for change in changes) else Variant.SCALED
@@ -298,6 +301,10 @@ class StepGraphs(ABC):
             need = Variant.HIDDEN
         found = (self._captured.get((bucket, variant)) for variant in self._variants if variant >= need)
         return next(filter(None, found), None)
+
+    def _is_regular(self, planned: Rows[Scheduled]) -> bool:
+        """Whether there is one segment of the base and of each adapter at most: tables are sized for that."""
+        return all(item.sequence.changes == ALWAYS for item in planned)
 
     def _fill(self, planned: Rows[Scheduled], bucket: int, previous: Rows[int] | None) -> None:
         host = next(self._hosts)
@@ -375,8 +382,12 @@ class DecodeGraphs(StepGraphs):
 
     def fits(self, planned: Rows[Scheduled]) -> bool:
         one_row_each = all(item.count == 1 and item.samples for item in planned)
-        fits = one_row_each and len(planned) <= self._buckets[-1]
-        return fits and self._find(planned, self._bucket(planned)) is not None
+        if not one_row_each or len(planned) > self._buckets[-1]:
+            return False
+        if self._find(planned, bucket := self._bucket(planned)) is None:
+            return False
+        tiles = 0 if self._is_regular(planned) else count_tiles(segments_of(planned), self._tile_rows)
+        return tiles < self._tile_entries(bucket)
 
     def _fill_host(
         self, host: HostTables, planned: Rows[Scheduled], bucket: int, previous: Rows[int] | None
@@ -438,12 +449,12 @@ class MixedGraphs(StepGraphs):
             return False
         if self._find(planned, bucket := self._bucket(planned)) is None:
             return False
-        if not any(0 < item.base_rows < item.count for item in planned):
+        if self._is_regular(planned):
             return True
-        # The tables are sized for one segment of each adapter; a beginning of one makes up to two more.
-        height = choose_tile_rows(bucket)
-        tiles = sum(-(-(stop - start) // height) for _, start, stop in segments_of(planned))
-        return tiles < self._tile_entries(bucket)
+        tiles = count_tiles(segments_of(planned), choose_tile_rows(bucket))
+        heads = head_segments_of([item for item in planned if item.samples])
+        head_tiles = count_tiles(heads, self._head_tile_rows)
+        return tiles < self._tile_entries(bucket) and head_tiles < len(self._tables.head_tiles)
 
     def _fill_host(
         self, host: HostTables, planned: Rows[Scheduled], bucket: int, previous: Rows[int] | None

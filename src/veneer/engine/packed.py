@@ -257,19 +257,24 @@ def dequantized(module: Any) -> torch.Tensor:
         return torch.split(dequantized(module.group.whole), list(module.group.sizes))[module.index]
     if isinstance(module, PackedLinear):
         return unpack_nf4(module._weight, torch.float32)
-    dequantize = torch.ops.bitsandbytes.dequantize_4bit
     weight: Any = module.weight if hasattr(module, "weight") else None
     found: torch.Tensor
     if isinstance(module, DequantizingLinear):
         shape = (module.out_features, module.in_features)
-        found = dequantize(module.data, module.absmax, BLOCK, "nf4", shape, torch.float32)
+        found = _dequantize_4bit(module.data, module.absmax, BLOCK, "nf4", shape, torch.float32)
     elif (state := getattr(weight, "quant_state", None)) is not None:
         codes = weight.data, read_absmax(state)
-        found = dequantize(*codes, state.blocksize, state.quant_type, state.shape, torch.float32)
+        found = _dequantize_4bit(*codes, state.blocksize, state.quant_type, state.shape, torch.float32)
     elif (scales := getattr(weight, "SCB", None)) is not None:  # LLM.int8: rows, each with its largest value
         found = weight.data.float() * scales[:, None] / 127
     else:
         found = weight.detach().float()
+    return found
+
+
+def _dequantize_4bit(*arguments: Any) -> torch.Tensor:
+    """bitsandbytes' own. An unquantized base never loads that library, so the name is looked up here."""
+    found: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit(*arguments)
     return found
 
 

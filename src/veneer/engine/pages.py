@@ -7,10 +7,10 @@ Counts only; the keys and values themselves lie in the runner's tensors. A page 
     idle    nobody uses it, but its content is cached; taken when no page is free, least recently used first
 
 A full page is cached under a key chained over everything before it: blake2b(parent key, token ids). Into the
-parent of the first page on which the adapter acts go its key and the place in the page from which on it does:
-another prompt can have the same tokens there and be invoked elsewhere. Keys and values depend on nothing else, so
-names never matter, no adapter sees another's pages, and those before the invocation are the base's. Pages of
-virtual tokens, which all sequences of an adapter begin with, are always cached, those of other tokens only with
+parent of each page in which the adapter begins or ends to act go its key and the places in the page where it
+does: another prompt can have the same tokens there and be invoked, or end, elsewhere. Keys and values depend on
+nothing else, so names never matter, no adapter sees another's pages, and those before it acts are the base's. Pages
+of virtual tokens, which all sequences of an adapter begin with, are always cached, those of other tokens only with
 prefix caching.
 """
 
@@ -101,7 +101,8 @@ class PagePool:
             key, page = self._key(sequence, index), sequence.pages[index]
             if key not in self._page_of:
                 self._page_of[key] = page
-                acts = (index + 1) * self.page_size > sequence.active_from
+                stop = (index + 1) * self.page_size
+                acts = any(change.start < stop for change in sequence.changes[:1])
                 self._cached[page] = key, sequence.adapter if acts else None
 
     def forget(self, digest: str) -> None:
@@ -152,9 +153,10 @@ class PagePool:
         while len(keys) <= index:
             start = len(keys) * self.page_size
             parent = keys[-1] if keys else b""
-            at = sequence.active_from - start
-            if sequence.adapter is not None and 0 <= at < self.page_size:
-                parent = blake2b(parent + f"{at} {sequence.adapter}".encode(), digest_size=32).digest()
+            stop = start + self.page_size
+            here = [(at - start, offset) for at, offset in sequence.changes if start <= at < stop]
+            if sequence.adapter is not None and here:
+                parent = blake2b(parent + f"{here} {sequence.adapter}".encode(), digest_size=32).digest()
             page = array("q", sequence.tokens[start : start + self.page_size])
             keys.append(blake2b(parent + page.tobytes(), digest_size=32).digest())
         return keys[index]

@@ -39,7 +39,7 @@ from veneer.engine.sequence import Sequence
 from veneer.engine.virtual_tokens import VirtualTokens, slots_of
 from veneer.kernels.attention import PagedBatch
 from veneer.kernels.low_rank import Workspace, make_tiles
-from veneer.kernels.tables import BASE_SLOT, Deltas, RowTiles, Segment, Transforms
+from veneer.kernels.tables import BASE_SLOT, SLOTS_EACH, Deltas, RowTiles, Segment, Transforms
 from veneer.kernels.upload import upload
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ class Runner:
         self.mixed_graphs: MixedGraphs | None = None
         self.chores: deque[Callable[[], None]] = deque()  # see `prepare`
         self.eager_steps = 0
-        self._slots = tables.entries.shape[0]
+        self._slots = tables.entries.shape[0] // SLOTS_EACH
         self._max_rows = max_rows
         # The tokens that the last step sampled, in the order of its rows. Static, for graphs.
         self._tokens = torch.zeros(max_rows, dtype=torch.int64, device=base.device)
@@ -281,9 +281,10 @@ class Runner:
         ids, last_rows = [], []
         stops = [item.start + item.count for item in planned]
         starts = [0, *accumulate(item.count for item in planned)]
-        positions = [np.arange(item.start, stop) for item, stop in zip(planned, stops, strict=True)]
+        indices = [np.arange(item.start, stop) for item, stop in zip(planned, stops, strict=True)]
+        positions = [index - item.sequence.num_unplaced for item, index in zip(planned, indices, strict=True)]
         tables = [item.sequence.pages[: -(-stop // size)] for item, stop in zip(planned, stops, strict=True)]
-        slots = [slots_of(table, position, size) for table, position in zip(tables, positions, strict=True)]
+        slots = [slots_of(table, index, size) for table, index in zip(tables, indices, strict=True)]
         for item, after in zip(planned, starts[1:], strict=True):
             ids += [0] if previous else item.sequence.tokens[item.start : item.start + item.count]
             if item.samples:

@@ -5,8 +5,8 @@ planned ahead, before the one it follows is committed (`schedule_ahead`); `sched
 comes only when all that was planned is committed. Imports no torch.
 
 Virtual tokens of an adapter are tokens at the front of its sequences that need no computing: they take pages and
-positions, and their keys and values are copied from the adapter (`Scheduled.lead`). An adapter with invocation
-tokens acts on a sequence from a position of its prompt on (`Sequence.active_from`); rows before it are the base's.
+positions, and their keys and values are copied from the adapter (`Scheduled.lead`). An adapter may act on a part
+of a sequence alone (`Sequence.changes`); other rows are the base's.
 
 Everything goes in order of arrival, which a preempted sequence keeps: the earliest sequence always gets on, and
 each becomes the earliest in its turn. Only a lack of adapter slots lets others pass, and not for ever: after
@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import NamedTuple, Protocol
 
+from veneer.adapters.reach import Reach
 from veneer.engine.pages import PagePool
 from veneer.engine.sequence import Sequence
 from veneer.errors import InvalidRequest, QueueFull
@@ -40,11 +41,8 @@ class AdapterGate(Protocol):
     def acquire(self, digest: str) -> int | None:
         """Ask for the adapter, and when it is resident count a user and return its slot."""
 
-    def virtual_tokens(self, digest: str) -> int:
-        """How many virtual tokens an adapter that was acquired has."""
-
-    def invocation(self, digest: str) -> tuple[int, ...]:
-        """The tokens from which on an adapter that was acquired acts; none when it always does."""
+    def reach(self, digest: str) -> Reach:
+        """On which tokens an adapter that was acquired acts, and what it puts in front of them."""
 
     def release(self, digest: str) -> None:
         """One user less."""
@@ -67,14 +65,32 @@ class Scheduled:
     lead: int = 0  # virtual tokens right before `start` whose keys and values must be copied first
 
     @property
-    def base_rows(self) -> int:
-        """How many of its first rows come before the adapter acts."""
-        return min(max(self.sequence.active_from - self.start, 0), self.count)
+    def parts(self) -> list[tuple[int, int]]:
+        """Its rows in order, cut where another slot begins: (slot, rows). Slot -1 is the base."""
+        parts, at, stop = [], self.start, self.start + self.count
+        slot = -1
+        for start, offset in self.sequence.changes:
+            if start >= stop:
+                break
+            if start > at:
+                parts.append((slot, start - at))
+                at = start
+            slot = self._slot(offset)
+        return [*parts, (slot, stop - at)]
 
     @property
     def slot(self) -> int:
-        """The slot that its last row uses, and all rows but the first `base_rows`; -1 = the base."""
-        return -1 if self.base_rows == self.count else self.sequence.slot
+        """The slot that its last row uses; -1 = the base."""
+        slot, last = -1, self.start + self.count - 1
+        for start, offset in self.sequence.changes:
+            if start > last:
+                break
+            slot = self._slot(offset)
+        return slot
+
+    def _slot(self, offset: int | None) -> int:
+        slot = self.sequence.slot
+        return -1 if offset is None or slot < 0 else slot + offset
 
 
 @dataclass(frozen=True)
@@ -312,9 +328,7 @@ class Scheduler:
 
     def _prepare(self, sequence: Sequence, digest: str) -> bool:
         """Apply what only an adapter on the device tells. False when the sequence is refused for it."""
-        sequence.lead_with(self.gate.virtual_tokens(digest))
-        if invocation := self.gate.invocation(digest):
-            sequence.invoke_by(invocation)
+        sequence.apply(self.gate.reach(digest))
         try:
             self._check_length(sequence)
         except InvalidRequest as error:

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from veneer.adapters.reach import Reach, Span
 from veneer.engine.messages import SamplingParams
 
-NEVER = 1 << 62  # a position that no sequence reaches
 VIRTUAL = -1  # stands for a virtual token: its keys and values are the adapter's, it has no id
+
+
+class Change(NamedTuple):
+    """From a token of a sequence on its rows use the adapter, its tail, or the base."""
+
+    start: int  # index of the token
+    offset: int | None  # from the adapter's slot: 0, 1 for the tail; None for the base
+
+
+ALWAYS = (Change(0, 0),)
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -26,7 +37,8 @@ class Sequence:
     order: int = -1  # place in the order of arrival, kept through preemptions
     slot: int = -1  # device slot of the adapter; -1 = none held, or the base
     num_virtual: int | None = None  # virtual tokens; None until the adapter was first on the device
-    active_from: int = 0  # the position of the first token on which the adapter acts, or NEVER
+    num_unplaced: int = 0  # virtual tokens that take no position: all that follow stand so many earlier
+    changes: tuple[Change, ...] = ALWAYS  # by start; before the first the base alone acts
     num_computed: int = 0  # tokens whose keys and values are in the pages
     preemptions: int = 0
 
@@ -38,24 +50,21 @@ class Sequence:
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.tokens)
 
-    def lead_with(self, num_virtual: int) -> None:
-        """Put virtual tokens in front: they have positions and keys and values as any token has.
+    def apply(self, reach: Reach) -> None:
+        """Put the adapter's virtual tokens in front and settle on which tokens it acts.
 
-        Comes once, before the sequence has pages.
+        Comes once, before the sequence has pages or output: what is generated changes nothing. Virtual tokens have
+        keys and values as any token has.
         """
-        self.num_virtual = num_virtual
-        self.tokens[:0] = [VIRTUAL] * num_virtual
-        self.num_prompt_tokens += num_virtual
-
-    def invoke_by(self, invocation: tuple[int, ...]) -> None:
-        """Let the adapter act from the last place on where the prompt has these tokens.
-
-        Comes once, before the sequence has pages or output; what is generated changes nothing.
-        """
-        prompt, wanted, size = self.tokens, list(invocation), len(invocation)
-        starts = range(len(prompt) - size, -1, -1)
-        found = (at for at in starts if prompt[at] == wanted[0] and prompt[at : at + size] == wanted)
-        self.active_from = next(found, NEVER)
+        virtual = reach.virtual
+        if reach.invocation:
+            self.changes = _invoked(self.tokens, reach.invocation, virtual)
+        elif reach.span is not None:
+            self.changes = _at_ends(reach.span, virtual, virtual + len(self.tokens))
+        self.num_virtual = virtual
+        self.num_unplaced = 0 if reach.virtual_positions else virtual
+        self.tokens[:0] = [VIRTUAL] * virtual
+        self.num_prompt_tokens += virtual
 
     @property
     def is_running(self) -> bool:
@@ -69,3 +78,29 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         return len(self.tokens) - self.num_prompt_tokens
+
+
+def _invoked(prompt: list[int], invocation: tuple[int, ...], virtual: int) -> tuple[Change, ...]:
+    """From the last place on where the prompt has these tokens."""
+    wanted, size = list(invocation), len(invocation)
+    starts = range(len(prompt) - size, -1, -1)
+    found = (at for at in starts if prompt[at] == wanted[0] and prompt[at : at + size] == wanted)
+    first = next(found, None)
+    return () if first is None else (Change(virtual + first, 0),)
+
+
+def _at_ends(span: Span, start: int, stop: int) -> tuple[Change, ...]:
+    """At both ends of a prompt that stands at [start, stop)."""
+    tail = max(stop - span.last, start)
+    head = min(start + span.first, tail)
+    steps = (
+        (start, head, 0),
+        (head, tail, None),
+        (tail, stop, 1 if span.has_tail else 0),
+        (stop, None, None),
+    )
+    changes: list[Change] = []
+    for at, end, offset in steps:
+        if at != end and (changes[-1].offset if changes else None) != offset:
+            changes.append(Change(at, offset))
+    return tuple(changes)

@@ -21,9 +21,9 @@ from veneer.kernels.tables import BASE_SLOT, Segment
 from veneer.kernels.upload import upload
 
 
-def slots_of(pages: list[int], positions: NDArray[np.int64], page_size: int) -> NDArray[np.int64]:
-    """Where the tokens at `positions` of a sequence stand in the cache seen as a row of slots."""
-    return np.asarray(pages, np.int64)[positions // page_size] * page_size + positions % page_size
+def slots_of(pages: list[int], indices: NDArray[np.int64], page_size: int) -> NDArray[np.int64]:
+    """Where the tokens at `indices` of a sequence stand in the cache seen as a row of slots."""
+    return np.asarray(pages, np.int64)[indices // page_size] * page_size + indices % page_size
 
 
 class VirtualTokens:

@@ -42,7 +42,7 @@ from veneer.kernels.tables import (
 
 MAX_PARTS = 8  # programs that share the ranks of a tile
 
-_ELEMENTWISE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+ELEMENTWISE_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "": lambda h: h,
     "relu": torch.relu,
     "silu": functional.silu,
@@ -87,14 +87,14 @@ def activated(h: torch.Tensor, entry: list[int], arena: torch.Tensor) -> torch.T
     h = h.float()
     if (offset := entry[INNER_OFFSET]) != ABSENT:
         h = h + arena[offset : offset + h.shape[1]].float()
-    if kind in _ELEMENTWISE:
-        return _ELEMENTWISE[kind](h)
+    if kind in ELEMENTWISE_FUNCTIONS:
+        return ELEMENTWISE_FUNCTIONS[kind](h)
     rank, group, detail = h.shape[1], entry[GROUP], entry[DETAIL]
     if kind == "softmax":
         return h.view(len(h), -1, group).softmax(-1).flatten(1)
     if kind == "arrow":
         return _arrow(h, group, rank // (1 + group), detail)
-    return _fusion(h, group, rank // (1 + 2 * group), _ELEMENTWISE[ELEMENTWISE[detail]])
+    return _fusion(h, group, rank // (1 + 2 * group), ELEMENTWISE_FUNCTIONS[ELEMENTWISE[detail]])
 
 
 def _arrow(h: torch.Tensor, group: int, count: int, top_k: int) -> torch.Tensor:

@@ -23,6 +23,7 @@ OFFSETS = [
 ]
 ABSENT = -1  # an offset of a tensor that the adapter does not have at a site
 BASE_SLOT = -1  # the slot of rows without an adapter
+SLOTS_EACH = 2  # of an adapter: what acts, then what acts on a prompt's last tokens instead, if it has that
 MAX_BLOCK = 256  # features of a rotation; a larger one would cost as much as the base's product
 ALIGNED = 16  # elements; offsets are multiples, so that kernels load whole vectors
 ELEMENTWISE = ("", "relu", "silu", "gelu", "gelu_tanh", "tanh", "sigmoid", "leaky_relu")
@@ -50,6 +51,8 @@ NO_TRANSFORMS = Transforms()
 @dataclass(frozen=True)
 class AdapterTables:
     """All resident adapters. Offsets count elements from the start of the arena.
+
+    An adapter takes `SLOTS_EACH` neighbouring slots.
 
     At `entries[slot, site]` stand, by column:
 

@@ -14,7 +14,15 @@ from urllib.parse import quote
 import httpx
 from tqdm import tqdm
 
-from veneer.adapters.names import FILES, TEXT_FILES, WANTED
+from veneer.adapters.names import (
+    ADAPTERHUB_WEIGHTS,
+    CONFIG_FILE,
+    HEAD_ADVICE,
+    HEAD_FILES,
+    TEXT_FILES,
+    WANTED,
+    WEIGHTS_FILE,
+)
 from veneer.errors import InvalidRequest, VeneerError, from_wire
 
 ARROW_ROUTER = "arrow_router"  # the folder in which PEFT saves one, beside its experts
@@ -41,17 +49,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def convert(arguments: argparse.Namespace) -> int:
-    """Make a plain LoRA of a base-fragile adapter, or one adapter of an Arrow router's folder. Needs no server."""
+    """Make an upload of what a library saved otherwise. Needs no server."""
+    if (arguments.folders[0] / ARROW_ROUTER).is_dir():
+        return _pack_experts(arguments)
+    if arguments.weights is None:
+        return _repack(arguments)
+    if _has_options(arguments):
+        raise InvalidRequest("--weights makes a LoRA of one folder; it goes with none of the other options")
     from veneer.engine.source import DEFAULT_MODEL, resolve
 
-    if (arguments.folder / ARROW_ROUTER).is_dir():
-        return _pack_experts(arguments)
     model = arguments.weights
-    if model is None:
-        raise InvalidRequest(
-            "--weights is missing: give the folder or hub id of the weights that the training loaded. Only a "
-            f"folder with PEFT's {ARROW_ROUTER} needs none."
-        )
     if model == DEFAULT_MODEL or model.endswith(".gguf"):
         raise InvalidRequest(
             f"--weights {model}: a GGUF file does not hold the weights that a training loads; give the folder "
@@ -60,7 +67,7 @@ def convert(arguments: argparse.Namespace) -> int:
     weights = resolve(model)
     from veneer.adapters.convert import convert as convert_adapter  # imports torch: some seconds
 
-    result = convert_adapter(arguments.folder, weights, arguments.output)
+    result = convert_adapter(arguments.folders[0], weights, arguments.output)
     for warning in result.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"{arguments.output}: a plain LoRA of rank {max(result.ranks)} at {len(result.ranks)} layers")
@@ -71,12 +78,47 @@ def _pack_experts(arguments: argparse.Namespace) -> int:
     from veneer.adapters.convert import check_free, write  # imports torch: some seconds
     from veneer.adapters.methods.arrow import pack
 
-    if arguments.weights is not None:
-        raise InvalidRequest("--weights: an Arrow router is packed without any; leave it out")
+    if arguments.weights is not None or _has_options(arguments):
+        raise InvalidRequest("an Arrow router is packed without any of the other options; leave them out")
     check_free(arguments.output)
-    config, tensors = pack(arguments.folder)
-    write(arguments.output, config, tensors, texts=arguments.folder)
+    config, tensors = pack(arguments.folders[0])
+    write(arguments.output, config, tensors, texts=arguments.folders[0])
     print(f"{arguments.output}: a router over {', '.join(config['arrow_experts'])}")
+    return 0
+
+
+def _has_options(arguments: argparse.Namespace) -> bool:
+    """Whether there is more than one folder, or an option for other libraries' files."""
+    names = ("fusion", "kind", "first", "last", "activation")
+    return len(arguments.folders) > 1 or any(getattr(arguments, name) for name in names)
+
+
+def _repack(arguments: argparse.Namespace) -> int:
+    """The files of AdapterHub's library or pyreft as two."""
+    from veneer.adapters.pyreft import is_pyreft, repack_pyreft  # these import torch
+    from veneer.adapters.repack import is_adapterhub, repack_adapterhub, repack_fusion
+
+    folders, output = arguments.folders, arguments.output
+    told = arguments.first or arguments.last or arguments.activation
+    if arguments.fusion is not None and not told and not arguments.kind:
+        result = repack_fusion(folders, arguments.fusion, output)
+    elif len(folders) > 1 or arguments.fusion is not None:
+        raise InvalidRequest(
+            "several folders are those of fused adapters: they need --fusion LAYER, and it alone"
+        )
+    elif is_pyreft(folders[0]) and not arguments.kind:
+        options = {"first": arguments.first, "last": arguments.last, "activation": arguments.activation}
+        result = repack_pyreft(folders[0], output, **options)
+    elif is_adapterhub(folders[0]) and not told:
+        result = repack_adapterhub(folders[0], output, arguments.kind)
+    else:
+        raise InvalidRequest(
+            f"{folders[0]} holds no adapter of AdapterHub's library or pyreft, or the options are not its. For "
+            "PEFT's PiSSA, OLoRA and KaSA --weights is missing; its other adapters need no conversion"
+        )
+    for warning in result.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"{output}: {result.what}, {result.tensors} tensors")
     return 0
 
 
@@ -85,10 +127,7 @@ def _push(client: httpx.Client, arguments: argparse.Namespace) -> None:
     fields: dict[str, Any] = {"name": arguments.name}
     with contextlib.ExitStack() as stack:
         if source.is_dir():
-            for name in FILES:
-                if not (source / name).is_file():
-                    raise InvalidRequest(f"{source / name} is missing: an adapter folder has {WANTED}")
-            paths = [("files", source / name) for name in (*FILES, *TEXT_FILES) if (source / name).is_file()]
+            paths = [("files", path) for path in _files_of(source)]
         elif source.is_file():
             if not source.name.endswith(ARCHIVES):
                 raise InvalidRequest(f"{source} is not a folder, nor an archive ({', '.join(ARCHIVES)})")
@@ -108,6 +147,19 @@ def _push(client: httpx.Client, arguments: argparse.Namespace) -> None:
     for warning in answer["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"{answer['id']} version {answer['version']} digest {answer['digest']}")
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """The files of an adapter's folder."""
+    config, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    if not weights.is_file() and (folder / ADAPTERHUB_WEIGHTS).is_file():
+        weights = folder / ADAPTERHUB_WEIGHTS
+        if heads := [name for name in HEAD_FILES if (folder / name).is_file()]:
+            raise InvalidRequest(f"{folder / heads[0]}: {HEAD_ADVICE}")
+    for path in (config, weights):
+        if not path.is_file():
+            raise InvalidRequest(f"{path} is missing: an adapter folder has {WANTED}")
+    return [config, weights, *(folder / name for name in TEXT_FILES if (folder / name).is_file())]
 
 
 def _with_progress(stack: contextlib.ExitStack, path: Path) -> IO[bytes]:

@@ -231,15 +231,33 @@ def _add_adapters(parser: argparse.ArgumentParser) -> None:
     action("unpin", "let an adapter be evicted again", "name")
     convert = actions.add_parser(
         "convert",
-        help="make a plain LoRA of an unconverted PiSSA, OLoRA or KaSA adapter, or one adapter of an Arrow "
-        "router and its experts; needs no server",
+        help="make the two files of an upload of what libraries save otherwise; needs no server",
+        description="With --weights, a plain LoRA of PEFT's unconverted PiSSA, OLoRA or KaSA; of the folder of "
+        "PEFT's Arrow router and its experts, one adapter; else the files of AdapterHub's library or pyreft, which "
+        "may be pickles, as two files.",
     )
-    convert.add_argument("folder", type=Path, help="the adapter as PEFT saved it")
+    convert.add_argument(
+        "folders", type=Path, nargs="+", metavar="FOLDER", help="the adapter as its library saved it"
+    )
     convert.add_argument(
         "--weights",
         metavar="MODEL",
         help="folder or hub id of the unquantized weights that the training loaded; none for a router",
     )
+    convert.add_argument(
+        "--fusion",
+        type=Path,
+        metavar="LAYER",
+        help="folder of the AdapterFusion layer over the given adapters",
+    )
+    convert.add_argument(
+        "--kind", choices=("noreft", "direft"), help="what AdapterHub's files of ReFT do not tell"
+    )
+    convert.add_argument(
+        "--first", type=int, default=0, metavar="N", help="pyreft: act on the first N tokens"
+    )
+    convert.add_argument("--last", type=int, default=0, metavar="N", help="pyreft: act on the last N tokens")
+    convert.add_argument("--activation", help="pyreft: its act_fn, if there was one")
     convert.add_argument(
         "--output", type=Path, required=True, metavar="OUT", help="a new folder; nothing is overwritten"
     )

@@ -20,7 +20,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from veneer.adapters.archive import unpack
-from veneer.adapters.names import CONFIG_FILE, WANTED, WEIGHTS_FILE
+from veneer.adapters.names import CONFIG_FILE, WANTED, WEIGHTS_FILE, stored_name
 from veneer.adapters.sources import from_hub
 from veneer.adapters.staging import Staging, file_limits
 from veneer.errors import AdapterRefused, InvalidRequest, StorageFull, TooLarge
@@ -60,7 +60,7 @@ class Upload:
             unpack(self.archive.file, staging, limit)
         limits = file_limits(limit)
         for upload in self.files:
-            filename = upload.filename or ""
+            filename = stored_name(upload.filename or "")
             if filename not in limits:
                 raise AdapterRefused(
                     f"the file {filename[:200]!r} is not read; send {WANTED}, by these names",

@@ -66,8 +66,9 @@ def read_fields(
     training_only: type[msgspec.Struct],
     refused: Mapping[str, Refusal],
     reference: str,
+    library: str = "PEFT 0.21",
 ) -> S:
-    """The fields that count, after every field was looked at. `reference` is the name of peft's class.
+    """The fields that count, after every field was looked at. `reference` is the name of the library's class.
 
     Raises:
         AdapterRefused: a field is unknown, of a wrong type, or asks for what is not served.
@@ -75,7 +76,7 @@ def read_fields(
     known = {*honoured.__struct_fields__, *training_only.__struct_fields__, *refused}
     if unknown := sorted(config.keys() - known):
         raise AdapterRefused(
-            f"{CONFIG_FILE}: unknown fields {listed(unknown)}. Every field must be one of PEFT 0.21's "
+            f"{CONFIG_FILE}: unknown fields {listed(unknown)}. Every field must be one of {library}'s "
             f"{reference}; remove them if the adapter was trained without them."
         )
     for name, (off, reason) in refused.items():

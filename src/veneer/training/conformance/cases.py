@@ -83,6 +83,7 @@ class Case:
         save, load: the library's own. `load` gets a fresh model of the base, which it may change.
         run: (library's model, ids [1, n]) -> logits [1, n, vocabulary] of these tokens.
         task: the task_id of the requests, which `run` has to run, too.
+        run_prompt: instead of `run` for an adapter that acts by where the prompt ends; gets its length, too.
         refused: the adapter cannot be served exactly, so that refusing it is what holds.
     """
 
@@ -94,6 +95,7 @@ class Case:
     load: Callable[[Any, Path], Any] = load_with_peft
     run: Callable[[Any, torch.Tensor], torch.Tensor] = run_with_peft
     task: int = 0
+    run_prompt: Callable[[Any, torch.Tensor, int], torch.Tensor] | None = None
     refused: bool = False
 
     def write(self, base: Any, folder: Path) -> None:
@@ -105,12 +107,21 @@ class Case:
             self.randomize(model)
             self.save(model, folder)
 
-    def reference(self, base: Any, folder: Path, tokens: Sequence[int]) -> torch.Tensor:
-        """The library's log probabilities [n, vocabulary], in float32, of what follows each of n tokens."""
+    def reference(
+        self, base: Any, folder: Path, tokens: Sequence[int], prompt: int | None = None
+    ) -> torch.Tensor:
+        """The library's log probabilities [n, vocabulary], in float32, of what follows each of n tokens.
+
+        The first `prompt` of them (unless told, all) are the prompt.
+        """
         with warnings.catch_warnings(), torch.inference_mode():
             warnings.simplefilter("ignore")
             model = self.load(copy.deepcopy(base), folder).eval()
-            logits = self.run(model, torch.tensor([tokens], device=base.device))
+            ids = torch.tensor([tokens], device=base.device)
+            if self.run_prompt is None:
+                logits = self.run(model, ids)
+            else:
+                logits = self.run_prompt(model, ids, len(tokens) if prompt is None else prompt)
             return torch.log_softmax(logits[0].float(), -1).cpu()
 
 

@@ -200,7 +200,7 @@ class _Check:
         tokens = [*prompt, *CONTINUATION[:-1]]
         for subject in _progress(what, _open(subjects)):
             try:
-                every = subject.case.reference(model, subject.folder, tokens)
+                every = subject.case.reference(model, subject.folder, tokens, len(prompt))
             except Exception as error:
                 subject.end(f"its library could not run it: {type(error).__name__}: {error}")
             else:
@@ -224,18 +224,22 @@ class _Check:
     def _alone(self, served: Served, subjects: Sequence[_Subject], references: _References) -> None:
         """Each subject by itself: in one pass first, so that its pages are not in the prefix cache."""
         lengths = [0, len(CONTINUATION) // 2, len(CONTINUATION) - 1]
+        expected = {name: each[lengths] for name, each in references.items()}
         whole, cached = {}, {}
         for subject in _progress("serve alone", _open(subjects)):
             prompts = [
                 Asked(subject.key, PROMPT + CONTINUATION[:n], CONTINUATION[n : n + 1]) for n in lengths
             ]
             answers = served.ask(prompts)
+            if subject.case.run_prompt is not None:  # each of these prompts ends elsewhere
+                lasts = [
+                    subject.case.reference(self.model, subject.folder, asked.prompt)[-1] for asked in prompts
+                ]
+                expected[subject.case.method] = torch.stack(lasts)
             known = [each for each in answers if isinstance(each, torch.Tensor)]
             whole[subject.case.method] = torch.cat(known) if len(known) == len(answers) else answers[0]
             [cached[subject.case.method]] = served.ask([Asked(subject.key, PROMPT, CONTINUATION)])
-        self._judge(
-            "alone", subjects, whole, {name: each[lengths] for name, each in references.items()}, TOLERANCE
-        )
+        self._judge("alone", subjects, whole, expected, TOLERANCE)
         self._judge("cache", subjects, cached, references, TOLERANCE)
 
     def _batch(self, served: Served, subjects: Sequence[_Subject]) -> dict[str, torch.Tensor | str]:
