@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 from tests.conftest import LiveServer
 
-from veneer.training.conformance.adapterhub import BOTTLENECK, REFT, Config
+from veneer.training.conformance.adapterhub_configs import BOTTLENECK, REFT, Config
 
 pytestmark = pytest.mark.model
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.training.conformance.adapterhub import Activation, Config, parameter
+from veneer.training.conformance.adapterhub import Activation, parameter
+from veneer.training.conformance.adapterhub_configs import Config
 
 
 class PHMLayer(nn.Module):

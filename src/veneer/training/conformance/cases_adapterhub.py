@@ -11,13 +11,7 @@ import torch
 from veneer.adapters.names import WEIGHTS_FILE
 from veneer.adapters.pyreft import repack_pyreft
 from veneer.training.conformance.adapterhub import (
-    BOTTLENECK,
-    FUSION,
-    LORA,
     NAME,
-    PREFIX,
-    REFT,
-    Config,
     add_lora,
     add_prefix,
     full_config,
@@ -25,6 +19,7 @@ from veneer.training.conformance.adapterhub import (
     run_prefix,
     save,
 )
+from veneer.training.conformance.adapterhub_configs import BOTTLENECK, FUSION, LORA, PREFIX, REFT, Config
 from veneer.training.conformance.bottlenecks import add_bottlenecks
 from veneer.training.conformance.cases import Case
 from veneer.training.conformance.pyreft import Ends, add_interventions, load_interventions, save_interventions

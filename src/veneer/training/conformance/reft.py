@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.training.conformance.adapterhub import NAME, Activation, Config
+from veneer.training.conformance.adapterhub import NAME, Activation
+from veneer.training.conformance.adapterhub_configs import Config
 
 
 class ReftUnit(nn.Module):
