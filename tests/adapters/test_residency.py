@@ -434,7 +434,7 @@ def test_host_memory_keeps_to_its_budget_least_recently_used_out(bench: MakeBenc
 
 
 def test_larger_than_the_host_budget_streams_through(bench: MakeBench) -> None:
-    b = bench(max_loras=1, host_bytes=2 * UNIT)
+    b = bench(max_loras=1, host_bytes=2 * UNIT + SLOTS_EACH * len(TABLE) * COLUMNS * 8)
     a, large = b.add("a"), b.add("large", units(4))
     b.touch(a)
     assert b.on_host() == {a}
