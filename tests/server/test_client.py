@@ -77,6 +77,21 @@ def test_it_generates_and_reports(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_who_takes_long_gets_fewer_outputs(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with running(tmp_path) as client:
+            with client.submit([NewSequence(PROMPT, ENDLESS)], None, None) as generation:
+                seen: list[int] = []
+                async for _, output in generation:
+                    seen += output.tokens
+                    if len(output.tokens) > 3:
+                        break
+                    await until(lambda: generation._inbox.qsize() > 3)
+            assert seen == [PROMPT[i % len(PROMPT)] for i in range(len(seen))]
+
+    asyncio.run(main())
+
+
 def test_leaving_a_generation_cancels_what_still_runs(tmp_path: Path) -> None:
     async def main() -> None:
         async with running(tmp_path) as client:

@@ -169,6 +169,10 @@ def test_text_that_may_begin_a_stop_string_waits(tmp_path: Path) -> None:
     found = pieces(TextStream(tokenizer, [], stop=["aac"]), tokens)
     assert [piece.text for piece in found] == ["x", "", "", "aab", "", "", ""]
     assert found[-1].stop == "aac"
+    together = TextStream(tokenizer, [], stop=["aac"])
+    whole = together.push([*tokens, *tokens], final=True)
+    assert (whole.text, whole.stop) == ("".join(piece.text for piece in found), "aac")
+    assert together.num_tokens == len(found)  # none after the stop string
     unfinished = pieces(TextStream(tokenizer, [], stop=["aac"]), tokens[:-1])
     assert [piece.text for piece in unfinished][-2:] == ["", "aa"]
 

@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
+import msgspec
 import zmq.asyncio
 
 from veneer.adapters.names import split_key
@@ -65,9 +66,14 @@ class NewSequence(NamedTuple):
     sampling: SamplingParams
 
 
+_News = tuple[int, SequenceOutput | VeneerError]  # of the sequence at a position
+
+
 class Generation:
     """Sequences under way for one request: iterate for (position, output) as they come.
 
+    What has come meanwhile from one sequence comes as one output, so that whoever takes long for an output gets
+    fewer of them instead of falling behind.
     Use as a context manager: leaving it cancels in the engine what has not finished. Iteration ends when
     every sequence has finished or was cancelled, and raises the first error of any of them.
     """
@@ -76,7 +82,8 @@ class Generation:
         self._client = client
         self._deadline = deadline
         self._expires = None if deadline is None else time.monotonic() + deadline
-        self._inbox: asyncio.Queue[tuple[int, SequenceOutput | VeneerError]] = asyncio.Queue()
+        self._inbox: asyncio.Queue[_News] = asyncio.Queue()
+        self._held: _News | None = None  # taken from the inbox and not given out yet
         self._running: dict[int, str] = {}
 
     def __enter__(self) -> Self:
@@ -96,6 +103,7 @@ class Generation:
                 continue  # it was on its way when the sequence was cancelled
             if isinstance(output, VeneerError):
                 raise output
+            output = self._with_what_follows(position, output)
             if output.error or output.finish_reason:
                 self._client._forget(self._running.pop(position))
             if output.error:
@@ -108,7 +116,22 @@ class Generation:
         if key := self._running.pop(position, None):
             self._client._cancel(key)
 
-    async def _next(self) -> tuple[int, SequenceOutput | VeneerError]:
+    def _with_what_follows(self, position: int, output: SequenceOutput) -> SequenceOutput:
+        """The output joined with those of its sequence that came right after it."""
+        while not (output.error or output.finish_reason or self._inbox.empty()):
+            at, more = self._inbox.get_nowait()
+            if at != position or isinstance(more, VeneerError) or more.error:
+                self._held = at, more
+                break
+            output = msgspec.structs.replace(
+                more, tokens=output.tokens + more.tokens, logprobs=output.logprobs + more.logprobs
+            )
+        return output
+
+    async def _next(self) -> _News:
+        if self._held is not None:
+            news, self._held = self._held, None
+            return news
         if self._expires is None or not self._inbox.empty():
             return await self._inbox.get()
         try:  # the engine reports deadlines itself; this holds when the engine hangs

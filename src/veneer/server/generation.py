@@ -257,8 +257,9 @@ class Run:
                 yield Delta(choice, "", [], "length", None)
             return
         async for choice, output in self._generation:
-            self._count(choice, output)
+            before = self._choices[choice].text.num_tokens
             delta = self._delta(choice, output)
+            self._count(choice, output, self._choices[choice].text.num_tokens - before)
             if delta.finish_reason:
                 self._generation.cancel(choice)  # a stop string ended it; the engine does not know
             if delta.text or delta.logprobs or delta.finish_reason:
@@ -279,16 +280,21 @@ class Run:
             piece.stop if piece.stop is not None or ended_by not in self._body.stop_token_ids else ended_by,
         )
 
-    def _count(self, choice: int, output: SequenceOutput) -> None:
+    def _count(self, choice: int, output: SequenceOutput, tokens: int) -> None:
+        """`tokens` were taken of the output: those up to a stop string."""
         now, known, metrics = time.monotonic(), self._choices[choice], self._state.metrics
-        if output.tokens:
+        if tokens:
             if not self._first_token_seen:
                 self._first_token_seen = True
                 metrics.first_token(self._name, now - self._received)
-            if known.last_output is not None:
-                metrics.inter_token(now - known.last_output)
+            if known.last_output is None:
+                known.last_output, others = now, tokens - 1
+            else:
+                others = tokens
+            for _ in range(others):
+                metrics.inter_token((now - known.last_output) / others)
             known.last_output = now
-        self.usage.completion_tokens += len(output.tokens)
+        self.usage.completion_tokens += tokens
         if choice % self._body.n == 0:  # a prompt counts once, whatever n is
             self.usage.cached_tokens += max(output.cached_tokens - known.cached_tokens, 0)
             known.cached_tokens = max(output.cached_tokens, known.cached_tokens)

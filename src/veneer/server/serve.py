@@ -24,6 +24,7 @@ from types import FrameType
 
 import msgspec
 import uvicorn
+import uvloop
 
 import veneer
 from veneer.adapters.store import AdapterStore
@@ -126,8 +127,9 @@ def options_from(arguments: argparse.Namespace, folder: Path) -> ServeOptions:
 def run(options: ServeOptions) -> int:
     """Serve until a signal; returns the exit status. Raises `VeneerError` when the start fails."""
     listening = _listen(options.server.host, options.server.port)
-    with listening, AdapterStore(Path(options.engine.store)) as store:
-        return asyncio.run(_run(options, listening, store))
+    runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+    with listening, AdapterStore(Path(options.engine.store)) as store, runner:
+        return runner.run(_run(options, listening, store))
 
 
 async def _run(options: ServeOptions, listening: socket.socket, store: AdapterStore) -> int:

@@ -163,6 +163,11 @@ class TextStream:
         self._tokens = 0
         self._entries: deque[Entry] = deque()
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens taken so far: all that were pushed, or those up to the stop string."""
+        return self._tokens
+
     def push(self, tokens: Sequence[int], *, hide_last: bool = False, final: bool = False) -> Piece:
         """Take new tokens; `hide_last`: the last one ended the sequence and is not part of its text.
 
