@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from veneer.adapters.methods.base import Limits
+from veneer.adapters.methods.base import Limits, Norm
 from veneer.adapters.names import CONFIG_FILE, WEIGHTS_FILE
 from veneer.adapters.program import EMBEDDING, Site
 
@@ -30,6 +30,10 @@ class SiteTable:
     limits: Limits = Limits()  # noqa: RUF009  (a tuple)
     dtype: torch.dtype = torch.float32
     embedding_scale: float = 1.0
+    norms: Mapping[str, Norm] = field(default_factory=dict)
+
+    def bias(self, site: str) -> None:
+        return None
 
     @property
     def embedding(self) -> Site:

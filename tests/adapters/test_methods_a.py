@@ -34,7 +34,7 @@ from veneer.adapters.checkpoint import Checkpoint
 from veneer.adapters.methods import adalora, delora, gralora, hra, loha, lokr, miss, randlora
 from veneer.adapters.methods.base import Limits
 from veneer.adapters.names import CONFIG_FILE, WEIGHTS_FILE
-from veneer.adapters.program import Program, Site, SiteProgram
+from veneer.adapters.program import EMBEDDING, Program, Site, SiteProgram
 from veneer.adapters.registry import lower
 from veneer.errors import AdapterRefused
 from veneer.training.conformance.cases import CONTINUATION, PROMPT, Case, tiny_base
@@ -64,11 +64,18 @@ class TinyBase:
     model: Any
     limits: Limits = Limits()  # noqa: RUF009  (a tuple)
     dtype: torch.dtype = torch.float32
+    norms: Any = dataclasses.field(default_factory=dict)
+    tied: bool = False
 
     @property
     def sites(self) -> dict[str, Site]:
         linears = [(name, each) for name, each in self.model.named_modules() if isinstance(each, nn.Linear)]
         return {name: Site(name, each.in_features, each.out_features) for name, each in linears}
+
+    @property
+    def embedding(self) -> Site:
+        config = self.model.config
+        return Site(EMBEDDING, config.vocab_size, config.hidden_size)
 
     def weight(self, site: str) -> torch.Tensor:
         weight: torch.Tensor = self.model.get_submodule(site).weight

@@ -110,6 +110,8 @@ class ModelBase:
     model: Any
     limits: Limits = Limits()  # noqa: RUF009  (a tuple)
     dtype: torch.dtype = torch.float32
+    norms: Any = dataclasses.field(default_factory=dict)
+    tied: bool = False
 
     @property
     def sites(self) -> Mapping[str, Site]:

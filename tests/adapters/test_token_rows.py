@@ -146,7 +146,7 @@ def test_lora_of_the_embedding_ties_the_head(make: Make, bases: Any) -> None:
         ("token_indices", [], "it must name a token"),
         ("token_indices", [7, 2, 2], "once each"),
         ("token_indices", [7, 2, -1], "once each"),
-        ("token_indices", [7, 2, 96], "the base has the ids 0 to 95"),
+        ("token_indices", [7, 2, 400], "the base has the ids 0 to 95"),
         ("target_modules", ["q_proj"], "at 'model.embed_tokens', 'lm_head' alone"),
         ("target_modules", ["embed_tokens", "q_proj"], "at 'model.embed_tokens', 'lm_head' alone"),
         ("task_type", "SEQ_CLS", "only causal language models"),

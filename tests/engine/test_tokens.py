@@ -153,3 +153,146 @@ def test_an_upload_is_tried_on_its_own_tokens(
     assert info.effect
     assert info.primitives == ["token_rows"]
     assert info.bytes == 4 * (4 + 4 * 64)
+
+
+# ---- tokens beyond the base's vocabulary ------------------------------------------------------------
+
+ADDED = [128, 129, 130]
+RESIZED: dict[str, Callable[[], PeftConfig]] = {
+    "tied rows": lambda: LoraConfig(r=2, target_modules=["v_proj"], trainable_token_indices=[9, *ADDED]),
+    "rows": lambda: TrainableTokensConfig(token_indices=ADDED[:2]),
+    "whole": lambda: LoraConfig(r=2, target_modules=["v_proj"], modules_to_save=["lm_head", "embed_tokens"]),
+    "vocabulary": lambda: LoraConfig(r=2, target_modules=["v_proj"]),
+}
+
+
+def resized(folder: Path, tokens: int) -> Any:
+    model = load(folder)
+    torch.manual_seed(7)
+    model.resize_token_embeddings(128 + tokens, mean_resizing=False)
+    for weight in {model.lm_head.weight, model.model.embed_tokens.weight}:
+        weight.data[128:] = 0.15 * torch.randn(tokens, 64)
+    return model
+
+
+@pytest.fixture(scope="module")
+def grown(
+    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], tuple[Path, Path]]:
+    """A function: architecture, kind of RESIZED -> a store with that adapter, and its folder."""
+
+    def make(architecture: str, kind: str) -> tuple[Path, Path]:
+        store = tmp_path_factory.mktemp("grown")
+        folder = store / "blobs" / f"{99:064x}"
+        torch.manual_seed(1)
+        tokens = 2 if kind == "rows" else 3
+        model: Any = get_peft_model(resized(tiny_model(architecture), tokens), RESIZED[kind]())
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.2 * torch.randn_like(parameter)
+        model.save_pretrained(folder, save_embedding_layers=kind == "vocabulary")
+        return store, folder
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [
+        ("llama-tied", "tied rows"),
+        ("gemma3", "tied rows"),
+        ("llama-tied", "rows"),
+        ("llama", "whole"),
+        ("llama", "vocabulary"),
+    ],
+)
+def test_added_tokens_are_read_and_generated_as_in_peft(
+    architecture: str,
+    kind: str,
+    tiny_model: Callable[[str], Path],
+    grown: Callable[[str, str], tuple[Path, Path]],
+    make_engine: Callable[..., Any],
+) -> None:
+    store, folder = grown(architecture, kind)
+    driver = make_engine(tiny_model(architecture), store=str(store), max_num_batched_tokens=6)
+    prompt = [5, 128, 9, 27, 129, 3, 81]
+    forced = {128: 1e4, 7: 2e4, 129: 3e4}  # presence_penalty takes each out once it has come
+    added = 2 if kind == "rows" else 3
+    params: dict[str, Any] = {
+        "logprobs": 128 + added,
+        "max_tokens": 4,
+        "logit_bias": forced,
+        "presence_penalty": 5e4,
+    }
+    one = driver.submit(prompt, f"{99:064x}", **params)
+    plain = driver.submit([5, 9, 27], None, logprobs=128, max_tokens=4)
+    [tokens, _] = driver.run(one, plain)
+    assert tokens[:3] == [129, 7, 128]
+    base = resized(tiny_model(architecture), added)
+    if kind == "vocabulary":  # PEFT puts its own into the base
+        for weight in {base.lm_head.weight, base.model.embed_tokens.weight}:
+            weight.data[128:] = 0
+    model = PeftModel.from_pretrained(base, folder).eval()
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+    expected = torch.log_softmax(logits, -1)
+    for row, item in zip(expected, driver.outputs[one], strict=True):
+        [told_of] = item.logprobs
+        assert len(told_of.top_ids) == len(row)
+        found = torch.empty(len(row))
+        found[told_of.top_ids] = torch.tensor(told_of.top_logprobs)
+        assert (found - row).abs().max() <= 1e-5 * float(logits.abs().max())
+    for item in driver.outputs[plain]:  # the base has its own vocabulary
+        assert sorted(item.logprobs[0].top_ids) == list(range(128))
+
+
+def test_neighbours_of_added_tokens_change_by_no_bit(
+    tiny_model: Callable[[str], Path],
+    grown: Callable[[str, str], tuple[Path, Path]],
+    make_engine: Callable[..., Any],
+) -> None:
+    """Sampled, penalized and with log probabilities; beside a neighbour with wider logits or none."""
+    store, _ = grown("llama-tied", "tied rows")
+    narrow = store / "blobs" / f"{98:064x}"
+    torch.manual_seed(1)
+    config = LoraConfig(r=2, target_modules=["v_proj"], trainable_token_indices=[9, 10, 11, 12])
+    get_peft_model(load(tiny_model("llama-tied")), config).save_pretrained(
+        narrow, save_embedding_layers=False
+    )
+    answers = []
+    for digest in (f"{99:064x}", f"{98:064x}"):
+        driver = make_engine(tiny_model("llama-tied"), store=str(store), prefix_caching=False)
+        driver.generate([9, 3], digest)
+        fields: list[dict[str, Any]] = [
+            {"logprobs": 20},
+            {"temperature": 0.9, "top_p": 0.9, "seed": 5, "logprobs": 3},
+            {"repetition_penalty": 1.3, "logit_bias": {4: 2.0}, "logprobs": 128},
+        ]
+        ids = [driver.submit([5, 9, 27, 81], None, **each) for each in fields]
+        ids.append(driver.submit([9, 3, 10, 12], digest, temperature=1.0, seed=3, logprobs=5))
+        driver.run(*ids)
+        answers.append([[item.logprobs for item in driver.outputs[name]] for name in ids[:3]])
+    assert answers[0] == answers[1]
+
+
+def test_tokens_without_an_output_row_are_read_alone(
+    tiny_model: Callable[[str], Path],
+    grown: Callable[[str, str], tuple[Path, Path]],
+    make_engine: Callable[..., Any],
+) -> None:
+    from veneer.engine.messages import AdapterChecked, CheckAdapter
+
+    store, folder = grown("llama", "rows")
+    driver = make_engine(tiny_model("llama"), store=str(store))
+    driver.engine.handle(CheckAdapter("call", str(folder), f"{99:064x}"))
+    checked: list[AdapterChecked] = []
+    while not checked:
+        checked = [reply for reply in driver.step() if isinstance(reply, AdapterChecked)]
+    info = checked[0].info
+    assert info is not None
+    assert info.added_tokens == 2
+    assert info.effect
+    assert "never generated" in info.warnings[0]
+    identifier = driver.submit([5, 128, 129], f"{99:064x}", logprobs=128, max_tokens=2)
+    driver.run(identifier)
+    assert sorted(driver.outputs[identifier][0].logprobs[0].top_ids) == list(range(128))

@@ -54,7 +54,7 @@ def test_serve_flags_reach_the_engine(tmp_path: Path) -> None:
         *("--max-model-len", "512", "--max-num-seqs", "7", "--max-num-batched-tokens", "99"),
         *("--max-queue", "5", "--kv-cache-memory", "1GiB", "--block-size", "8", "--no-enable-prefix-caching"),
         *("--max-loras", "3", "--max-lora-rank", "32", "--adapter-memory", "64MiB"),
-        *("--max-module-bytes", "8MiB"),
+        *("--max-module-bytes", "8MiB", "--max-added-tokens", "5"),
         *("--host-adapter-memory", "128MiB", "--threads", "2", "--store", str(tmp_path)),
     )
     engine = options.engine
@@ -63,7 +63,8 @@ def test_serve_flags_reach_the_engine(tmp_path: Path) -> None:
     assert (engine.max_model_len, engine.max_num_seqs, engine.max_num_batched_tokens) == (512, 7, 99)
     assert (engine.max_queue, engine.kv_cache_memory, engine.page_size) == (5, 1 << 30, 8)
     assert not engine.prefix_caching
-    assert (engine.max_loras, engine.max_lora_rank, engine.max_module_bytes) == (3, 32, 8 << 20)
+    assert (engine.max_loras, engine.max_lora_rank, engine.max_added_tokens) == (3, 32, 5)
+    assert engine.max_module_bytes == 8 << 20
     assert (engine.adapter_memory, engine.host_adapter_memory, engine.threads) == (64 << 20, 128 << 20, 2)
     assert options.served_name == "org/tiny"
 

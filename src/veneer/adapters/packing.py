@@ -63,6 +63,7 @@ class Layout(NamedTuple):
     size: int  # elements, a multiple of the alignment
     prompt: PackedPrompt | None
     reach: Reach = EVERYWHERE
+    added_tokens: int = 0  # beyond the base's vocabulary, with logits of their own
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,11 @@ class PackedAdapter:
     entries: torch.Tensor  # int64 [SLOTS_EACH, sites, COLUMNS], of kernels/tables.py, offsets from the blob
     prompt: PackedPrompt | None = None
     reach: Reach = EVERYWHERE
+    added_tokens: int = 0
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.size, self.prompt, self.reach)
+        return Layout(self.size, self.prompt, self.reach, self.added_tokens)
 
     @property
     def size(self) -> int:
@@ -124,7 +126,10 @@ def pack(program: Program, sites: Sequence[Site], dtype: torch.dtype, pin: bool)
         for index, site in enumerate(sites):
             if part := parts.get(site.name):
                 offset = _pack_site(part, site, table[index], blob, offset)
-    return PackedAdapter(blob, entries, _pack_prompt(program.prompt, blob, offset), program.reach)
+    prompt = _pack_prompt(program.prompt, blob, offset)
+    vocabulary = next((site.out_features for site in sites if site.name == HEAD), 0)
+    added = program.added_tokens(HEAD, vocabulary)
+    return PackedAdapter(blob, entries, prompt, program.reach, added)
 
 
 def _pack_site(part: SiteProgram, site: Site, entry: torch.Tensor, blob: torch.Tensor, offset: int) -> int:

@@ -252,6 +252,11 @@ class Program:
         """The largest rank over the sites."""
         return max((site.rank for site in self.parts), default=0)
 
+    def added_tokens(self, site: str, vocabulary: int) -> int:
+        """How many tokens beyond the base's vocabulary have a row at the embedding or the output head."""
+        found = self.sites.get(site)
+        return 0 if found is None or found.tokens is None else int((found.tokens.ids >= vocabulary).sum())
+
     @property
     def primitives(self) -> tuple[str, ...]:
         used = frozenset[str]().union(*(site.primitives for site in self.parts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 
 from veneer.adapters.checkpoint import Checkpoint, shown
@@ -37,6 +38,7 @@ from veneer.adapters.methods import (
     multitask_prompt_tuning,
     oft,
     p_tuning,
+    partial,
     peanut,
     poly,
     prefix_tuning,
@@ -52,6 +54,7 @@ from veneer.adapters.methods import (
     vblora,
     vera,
     waveft,
+    whole_modules,
 )
 from veneer.adapters.methods.base import Base, Method
 from veneer.adapters.names import CONFIG_FILE
@@ -87,6 +90,7 @@ METHODS: Mapping[str, Method] = {
     "MISS": miss.lower,
     "MULTITASK_PROMPT_TUNING": multitask_prompt_tuning.lower,
     "OFT": oft.lower,
+    "PARTIAL": partial.lower,
     "PEANUT": peanut.lower,
     "POLY": poly.lower,
     "PREFIX_TUNING": prefix_tuning.lower,
@@ -104,6 +108,13 @@ METHODS: Mapping[str, Method] = {
     "VERA": vera.lower,
     "WAVEFT": waveft.lower,
 }
+
+# Those whose config has a `modules_to_save`; methods/whole_modules.py reads it for all of them.
+REPLACING = frozenset(
+    kind
+    for kind, method in METHODS.items()
+    if "modules_to_save" in getattr(import_module(getattr(method, "__module__", "")), "REFUSED", {})
+)
 
 # What cannot be served exactly, and why. A kind in neither table is not known.
 REFUSED: Mapping[str, str] = {
@@ -133,4 +144,7 @@ def lower(folder: Path | str, base: Base, max_rank: int, task: int = 0) -> Progr
         raise AdapterRefused(
             f"{CONFIG_FILE}: peft_type {shown(kind)} is not served; served are: {', '.join(METHODS)}."
         )
-    return method(checkpoint, base, max_rank)
+    whole = whole_modules.take(checkpoint, base) if kind in REPLACING else None
+    if whole is None:
+        return method(checkpoint, base, max_rank)
+    return whole.apply(method(whole.checkpoint, whole.base, max_rank), checkpoint, base)

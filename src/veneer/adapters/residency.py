@@ -147,6 +147,10 @@ class Residency:
         """On which tokens an acquired adapter acts, and what it puts in front of them."""
         return self._adapters[key].layout.reach
 
+    def added_tokens(self, key: str) -> int:
+        """How many tokens an acquired adapter adds to the vocabulary that can be sampled."""
+        return self._adapters[key].layout.added_tokens
+
     def prompt(self, key: str) -> ResidentPrompt | None:
         """The virtual tokens of an acquired adapter, if it has some. Valid until its last `release`."""
         return self._adapters[key].prompt

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from veneer.adapters.names import adapter_key
-from veneer.adapters.program import Program
+from veneer.adapters.program import EMBEDDING, Program
 from veneer.engine.messages import AdapterInfo, CheckAdapter, Generate
 from veneer.engine.probe import EffectProbe, ending_of, why_ineffective
 from veneer.errors import AdapterRefused
@@ -24,6 +24,7 @@ class AdapterCheck:
     ) -> None:
         self.is_done = False
         self._asked, self._probe, self._lower = asked, probe, lower
+        self._vocabulary = probe.vocabulary
         self._first: Program | None = None  # of the first task; the others have its primitives and sizes
         self._effects: list[float] = []  # by task
         self._ineffective: dict[int, str] = {}  # task -> why it does nothing
@@ -57,6 +58,7 @@ class AdapterCheck:
             bytes=program.num_bytes(item_bytes),
             portability=program.portability,
             tasks=program.tasks,
+            added_tokens=program.added_tokens(EMBEDDING, self._vocabulary),
             virtual_tokens=0 if program.prompt is None else program.prompt.tokens,
             base_model=program.base_model,
             effect=max(self._effects),

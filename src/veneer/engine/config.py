@@ -28,6 +28,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefix_caching: bool = True
     max_loras: int = 8  # device slots
     max_lora_rank: int = 512
+    max_added_tokens: int = 256  # of an adapter, beyond the base's vocabulary
     max_module_bytes: int = 256 << 20  # of one weight that an adapter replaces or changes in full
     adapter_memory: int | None = None  # device arena
     host_adapter_memory: int | None = None

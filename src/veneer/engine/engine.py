@@ -68,7 +68,7 @@ class Engine:
             device=device,
             own_kernels=resolve_nf4_kernels(config.nf4_kernels, config.quantization, dtype, device),
         )
-        self.base.limits = Limits(config.max_module_bytes)
+        self.base.limits = Limits(config.max_module_bytes, config.max_added_tokens)
         self.residency = Residency(
             Path(config.store),
             self.base,

@@ -36,6 +36,7 @@ class EffectProbe:
     """Probes under way, by the call that asked for them."""
 
     def __init__(self, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
         # Spread over the vocabulary, the same for every adapter of this base.
         self._prompt = [(i + 1) * 7919 % vocabulary for i in range(PROBE_LENGTH)]
         self._results: dict[str, dict[str, TokenLogprobs]] = {}  # call -> "base" | "adapter" -> result
@@ -49,16 +50,17 @@ class EffectProbe:
         return True
 
     def requests(self, call: str, digest: str, ending: tuple[int, ...] = ()) -> list[Generate]:
-        """The two sequences to run; `ending` is the end of their prompt."""
+        """The two sequences to run; `ending` is the end of their prompt, where the base may lack a token."""
+        known = tuple(token if token < self.vocabulary else 0 for token in ending)
         params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=PROBE_TOP, ignore_eos=True)
         return [
             Generate(
                 id=f"{_PREFIX}{call}/{who}",
-                prompt=[*self._prompt, *ending],
+                prompt=[*self._prompt, *end],
                 sampling=params,
                 adapter=adapter,
             )
-            for who, adapter in (("base", None), ("adapter", digest))
+            for who, adapter, end in (("base", None, known), ("adapter", digest, ending))
         ]
 
     def owns(self, identifier: str) -> bool:

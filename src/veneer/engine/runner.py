@@ -74,14 +74,18 @@ class Launched:
 
     batch: Batch
     rows: dict[str, int]  # sequence id -> place of its token in the runner's token buffer
-    sampled: Sampled  # on the host, once `done`
+    sampled: list[tuple[list[str], Sampled]]  # sequence ids, and theirs on the host, once `done`
     done: torch.cuda.Event | None  # None on the CPU
 
     def results(self) -> dict[str, tuple[int, TokenLogprobs | None]]:
         """Wait for the step; its sampled tokens (and their log probabilities) by sequence id."""
         if self.done is not None:
             self.done.synchronize()
-        return dict(zip(self.rows, self.sampled.results(), strict=True))
+        return {
+            name: result
+            for names, sampled in self.sampled
+            for name, result in zip(names, sampled.results(), strict=True)
+        }
 
 
 class _Packed(NamedTuple):
@@ -121,6 +125,7 @@ class Runner:
         # One page more than the pool knows of: rows that pad a captured graph use it.
         self._step.kv_cache = allocate_kv(base, num_pages + 1, page_size)
         self._scratch_page = num_pages
+        self._residency = residency
         self._virtual_tokens = VirtualTokens(base, residency, page_size, max_rows)
         self.graphs: DecodeGraphs | None = None
         self.mixed_graphs: MixedGraphs | None = None
@@ -231,13 +236,51 @@ class Runner:
             logits, last = self.logits(planned, pending)
             torch.argmax(logits, -1, out=self._tokens[: len(logits)])
         sampled = [item for item in planned if item.samples]
-        rows = [self._sampling_row(item) for item in sampled]
-        result = sample(logits, rows, self._tokens[: len(sampled)], last).to_host()
+        result = self._choose(logits, sampled, last)
         done = None
         if self.base.device.type == "cuda":
             done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # its waiter sleeps
             done.record()
         return Launched(batch, {item.sequence.id: row for row, item in enumerate(sampled)}, result, done)
+
+    def _choose(
+        self, logits: torch.Tensor, items: Rows[Scheduled], last: torch.Tensor
+    ) -> list[tuple[list[str], Sampled]]:
+        """Sample; the tokens are left in the token buffer, in the order of the items.
+
+        Rows whose adapter adds tokens have wider logits. They are chosen from by themselves, those of each width
+        together, so that no other row's sums change.
+        """
+        names, rows = [item.sequence.id for item in items], [self._sampling_row(item) for item in items]
+        widths = [self._added_tokens(item) for item in items]
+        if not any(widths):
+            return [(names, sample(logits, rows, self._tokens[: len(rows)], last).to_host())]
+        parts = []
+        for width in sorted(set(widths)):
+            chosen = [index for index, each in enumerate(widths) if each == width]
+            where = upload(chosen, np.int64, logits.device)
+            tokens = None if width else self._tokens[where]
+            found = sample(
+                self._with_added(logits, where, width), [rows[i] for i in chosen], tokens, last[where]
+            )
+            self._tokens[where] = found.tokens
+            parts.append(([names[i] for i in chosen], found.to_host()))
+        return parts
+
+    def _added_tokens(self, item: Scheduled) -> int:
+        adapter = item.sequence.adapter
+        return 0 if adapter is None or item.slot == BASE_SLOT else self._residency.added_tokens(adapter)
+
+    def _with_added(self, logits: torch.Tensor, where: torch.Tensor, width: int) -> torch.Tensor:
+        """The rows at `where` with the logits of `width` added tokens behind the vocabulary."""
+        added = self._step.added
+        assert added is not None
+        wide = added[where, :width]
+        if cap := getattr(
+            self.base.config, "final_logit_softcapping", None
+        ):  # as transformers caps the others
+            wide = torch.tanh(wide / cap) * cap
+        return torch.cat([logits[where], wide], 1)
 
     def _graphs_for(self, planned: Rows[Scheduled]) -> StepGraphs | None:
         families = (self.graphs, self.mixed_graphs)

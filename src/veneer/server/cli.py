@@ -175,6 +175,12 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         "--max-lora-rank", type=positive, default=512, help="largest rank taken (%(default)s)"
     )
     adapters.add_argument(
+        "--max-added-tokens",
+        type=positive,
+        default=256,
+        help="tokens that an adapter may add to the vocabulary (%(default)s)",
+    )
+    adapters.add_argument(
         "--max-module-bytes",
         type=size,
         default=256 << 20,

@@ -107,6 +107,7 @@ def options_from(arguments: argparse.Namespace, folder: Path) -> ServeOptions:
         prefix_caching=arguments.enable_prefix_caching,
         max_loras=arguments.max_loras,
         max_lora_rank=arguments.max_lora_rank,
+        max_added_tokens=arguments.max_added_tokens,
         max_module_bytes=arguments.max_module_bytes,
         adapter_memory=arguments.adapter_memory,
         host_adapter_memory=arguments.host_adapter_memory,

@@ -30,7 +30,7 @@ class Limits(NamedTuple):
     module_bytes: int = (
         256 << 20
     )  # of one module's weight, or of a change of it, in full (--max-module-bytes)
-    added_tokens: int = 0  # beyond the base's vocabulary
+    added_tokens: int = 256  # beyond the base's vocabulary (--max-added-tokens)
 
 
 class Base(Protocol):

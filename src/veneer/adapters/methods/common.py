@@ -55,7 +55,7 @@ class Refusal(NamedTuple):
 CAUSAL = Refusal((None, "CAUSAL_LM"), "only causal language models are served")
 BASE_BIASES = Refusal(("none",), "it replaces biases of the base, which is shared; train with bias='none'")
 NO_FIELD = Refusal((None,), "PEFT's config of this method has no such field and drops it; remove it")
-WHOLE_MODULES = Refusal((None, []), "it replaces whole layers of the base; use LoRA on them")
+WHOLE_MODULES = Refusal((None, []), "whole modules are read before the method's own fields")
 
 S = TypeVar("S", bound=msgspec.Struct)
 

@@ -14,7 +14,7 @@ import torch
 
 from veneer.adapters.methods.base import Base
 from veneer.adapters.methods.common import wrong
-from veneer.adapters.program import EMBEDDING, HEAD, SiteProgram, TokenRows
+from veneer.adapters.program import EMBEDDING, HEAD, Program, SiteProgram, TokenRows
 from veneer.errors import AdapterRefused
 
 
@@ -27,7 +27,9 @@ def check_ids(field: str, ids: Sequence[int], base: Base) -> None:
         raise wrong(field, list(ids), "it must name tokens once each, by ids from 0 on")
     added = sorted(token for token in ids if token >= vocabulary)
     if len(added) > limit or (added and added[-1] >= vocabulary + limit):
-        rule = f"the base has the ids 0 to {vocabulary - 1}, and an adapter may add {limit}"
+        rule = (
+            f"the base has the ids 0 to {vocabulary - 1}, and an adapter may add {limit} (--max-added-tokens)"
+        )
         raise wrong(field, added[-1], rule)
     if added != list(range(vocabulary, vocabulary + len(added))):
         rule = f"added tokens must follow each other from {vocabulary} on, the end of the base's vocabulary"
@@ -61,8 +63,8 @@ def with_tokens(
 
 def check_added(programs: Mapping[str, SiteProgram], base: Base, warnings: list[str]) -> None:
     """Refuse tokens that could be generated and not be read; warn of those that cannot be generated."""
-    vocabulary = base.embedding.in_features
-    read, told = (_added(programs.get(site), vocabulary) for site in (EMBEDDING, HEAD))
+    vocabulary, found = base.embedding.in_features, Program("", programs)
+    read, told = (found.added_tokens(site, vocabulary) for site in (EMBEDDING, HEAD))
     if told > read:
         raise AdapterRefused(
             f"The adapter has an output row and no embedding for token {vocabulary + read}; the base has the ids 0 "
@@ -73,10 +75,3 @@ def check_added(programs: Mapping[str, SiteProgram], base: Base, warnings: list[
             f"The tokens from {vocabulary + told} to {vocabulary + read - 1} have embeddings and no output rows: "
             "they can stand in prompts and are never generated."
         )
-
-
-def _added(program: SiteProgram | None, vocabulary: int) -> int:
-    """How many tokens beyond the vocabulary have rows."""
-    if program is None or program.tokens is None:
-        return 0
-    return int((program.tokens.ids >= vocabulary).sum())
