@@ -104,4 +104,4 @@ def test_serving(tmp_path: Path) -> None:
         assert (curve["errors"], curve["first_error"]) == (0, None)
         assert curve["tokens"] == 5 * curve["requests"]
         assert curve["ttft_ms"]["p50"] > 0
-        assert curve["events_per_token"] == 1.0
+        assert 0 < curve["events_per_token"] <= 1.0  # what comes together travels together
