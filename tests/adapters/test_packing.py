@@ -321,7 +321,7 @@ def test_virtual_tokens_come_after_the_tensors_of_sites(dtype: torch.dtype) -> N
     for prompt in (Prompt(SHAPE, kv=kv), Prompt(SHAPE, embeddings=embeddings)):
         program = Program("both", sites, prompt=prompt)
         packed = pack(program, SITES, dtype, pin=False)
-        assert tuple(packed.layout) == (packed.size, packed.prompt, Reach(virtual=5), 0)
+        assert tuple(packed.layout) == (packed.size, packed.prompt, Reach(virtual=5), (0, 0))
         assert packed.size == packed_size(program, dtype.itemsize)
         assert packed.entries.equal(plain.entries)
         assert packed.blob[: plain.size].equal(plain.blob)

@@ -187,6 +187,10 @@ def test_every_field_of_peft_is_decided_on() -> None:
             },
             "alora_invocation_tokens",
         ),
+        (
+            {"trainable_token_indices": [3], "alora_invocation_tokens": [3], "task_type": "CAUSAL_LM"},
+            "trainable_token_indices",
+        ),
     ],
 )
 def test_what_does_not_go_together_at_the_embedding_is_refused(

@@ -296,3 +296,10 @@ def test_tokens_without_an_output_row_are_read_alone(
     identifier = driver.submit([5, 128, 129], f"{99:064x}", logprobs=128, max_tokens=2)
     driver.run(identifier)
     assert sorted(driver.outputs[identifier][0].logprobs[0].top_ids) == list(range(128))
+    for change in (
+        {"logit_bias": {129: 100.0}},
+        {"repetition_penalty": 2.0},
+        {"temperature": 2.0, "seed": 3},
+    ):
+        tokens = driver.generate([5, 128, 129, 129], f"{99:064x}", max_tokens=6, **change)
+        assert max(tokens) < 128

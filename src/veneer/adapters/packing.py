@@ -10,7 +10,16 @@ from typing import NamedTuple
 import torch
 
 from veneer.adapters.arena import align
-from veneer.adapters.program import HEAD, Program, Prompt, Site, SiteProgram, SparseMatrix, TokenRows
+from veneer.adapters.program import (
+    EMBEDDING,
+    HEAD,
+    Program,
+    Prompt,
+    Site,
+    SiteProgram,
+    SparseMatrix,
+    TokenRows,
+)
 from veneer.adapters.reach import EVERYWHERE, Reach
 from veneer.errors import AdapterRefused
 from veneer.kernels.tables import (
@@ -57,13 +66,23 @@ class PackedPrompt(NamedTuple):
         return rest[:kv].view(self.shape), embeddings
 
 
+class AddedTokens(NamedTuple):
+    """How many tokens beyond the base's vocabulary an adapter has: to be read, and the first of these to be told."""
+
+    embeddings: int = 0
+    logits: int = 0
+
+
+NONE_ADDED = AddedTokens()
+
+
 class Layout(NamedTuple):
     """What must be known of an adapter to place and run it."""
 
     size: int  # elements, a multiple of the alignment
     prompt: PackedPrompt | None
     reach: Reach = EVERYWHERE
-    added_tokens: int = 0  # beyond the base's vocabulary, with logits of their own
+    added: AddedTokens = NONE_ADDED
 
 
 @dataclass(frozen=True)
@@ -74,11 +93,11 @@ class PackedAdapter:
     entries: torch.Tensor  # int64 [SLOTS_EACH, sites, COLUMNS], of kernels/tables.py, offsets from the blob
     prompt: PackedPrompt | None = None
     reach: Reach = EVERYWHERE
-    added_tokens: int = 0
+    added: AddedTokens = NONE_ADDED
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.size, self.prompt, self.reach, self.added_tokens)
+        return Layout(self.size, self.prompt, self.reach, self.added)
 
     @property
     def size(self) -> int:
@@ -128,7 +147,7 @@ def pack(program: Program, sites: Sequence[Site], dtype: torch.dtype, pin: bool)
                 offset = _pack_site(part, site, table[index], blob, offset)
     prompt = _pack_prompt(program.prompt, blob, offset)
     vocabulary = next((site.out_features for site in sites if site.name == HEAD), 0)
-    added = program.added_tokens(HEAD, vocabulary)
+    added = AddedTokens(*(program.added_tokens(site, vocabulary) for site in (EMBEDDING, HEAD)))
     return PackedAdapter(blob, entries, prompt, program.reach, added)
 
 

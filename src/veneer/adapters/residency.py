@@ -26,7 +26,7 @@ import torch
 from veneer.adapters.loader import Loader
 from veneer.adapters.methods.base import Base
 from veneer.adapters.names import split_key
-from veneer.adapters.packing import Layout
+from veneer.adapters.packing import AddedTokens, Layout
 from veneer.adapters.program import Program
 from veneer.adapters.reach import Reach
 from veneer.adapters.slots import Place, Slots
@@ -147,9 +147,9 @@ class Residency:
         """On which tokens an acquired adapter acts, and what it puts in front of them."""
         return self._adapters[key].layout.reach
 
-    def added_tokens(self, key: str) -> int:
-        """How many tokens an acquired adapter adds to the vocabulary that can be sampled."""
-        return self._adapters[key].layout.added_tokens
+    def added_tokens(self, key: str) -> AddedTokens:
+        """How many tokens an acquired adapter adds to the vocabulary."""
+        return self._adapters[key].layout.added
 
     def prompt(self, key: str) -> ResidentPrompt | None:
         """The virtual tokens of an acquired adapter, if it has some. Valid until its last `release`."""

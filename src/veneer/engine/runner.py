@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from veneer.adapters.packing import AddedTokens
 from veneer.adapters.residency import Residency
 from veneer.engine.base import Base
 from veneer.engine.graphs import (
@@ -253,13 +254,13 @@ class Runner:
         """
         names, rows = [item.sequence.id for item in items], [self._sampling_row(item) for item in items]
         widths = [self._added_tokens(item) for item in items]
-        if not any(widths):
+        if not any(width.embeddings for width in widths):
             return [(names, sample(logits, rows, self._tokens[: len(rows)], last).to_host())]
         parts = []
         for width in sorted(set(widths)):
             chosen = [index for index, each in enumerate(widths) if each == width]
             where = upload(chosen, np.int64, logits.device)
-            tokens = None if width else self._tokens[where]
+            tokens = None if width.embeddings else self._tokens[where]
             found = sample(
                 self._with_added(logits, where, width), [rows[i] for i in chosen], tokens, last[where]
             )
@@ -267,15 +268,16 @@ class Runner:
             parts.append(([names[i] for i in chosen], found.to_host()))
         return parts
 
-    def _added_tokens(self, item: Scheduled) -> int:
+    def _added_tokens(self, item: Scheduled) -> AddedTokens:
         adapter = item.sequence.adapter
-        return 0 if adapter is None or item.slot == BASE_SLOT else self._residency.added_tokens(adapter)
+        return AddedTokens() if adapter is None else self._residency.added_tokens(adapter)
 
-    def _with_added(self, logits: torch.Tensor, where: torch.Tensor, width: int) -> torch.Tensor:
-        """The rows at `where` with the logits of `width` added tokens behind the vocabulary."""
+    def _with_added(self, logits: torch.Tensor, where: torch.Tensor, width: AddedTokens) -> torch.Tensor:
+        """The rows at `where` with the logits of added tokens behind the vocabulary: -inf for those without."""
         added = self._step.added
         assert added is not None
-        wide = added[where, :width]
+        wide = added[where, : width.embeddings]
+        wide[:, width.logits :] = float("-inf")
         if cap := getattr(
             self.base.config, "final_logit_softcapping", None
         ):  # as transformers caps the others

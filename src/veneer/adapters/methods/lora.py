@@ -244,6 +244,8 @@ def _ties(config: Honoured, chosen: Iterable[Site], tokens: Mapping[str, Sequenc
     own = tokens.get(EMBEDDING)
     if config.ensure_weight_tying and base.tied and tokens.get(HEAD, own) != own:
         raise wrong("ensure_weight_tying", True, "tied embeddings must have the same trainable_token_indices")
+    if tokens and config.alora_invocation_tokens is not None:
+        raise wrong(FIELD, sorted(tokens), "with aLoRA it would act before the invocation, too")
     trained = {*tokens, *([HEAD] if shares_rows(tokens, base) else [])}
     if both := trained & {*names, *([HEAD] if ties else [])}:
         raise wrong(FIELD, sorted(both), "PEFT does not combine it with LoRA on the same layer")
