@@ -67,7 +67,7 @@ class PackedPrompt(NamedTuple):
 
 
 class AddedTokens(NamedTuple):
-    """How many tokens beyond the base's vocabulary an adapter has: to be read, and the first of these to be told."""
+    """How many tokens beyond the base's vocabulary an adapter has, and how many of these have logits."""
 
     embeddings: int = 0
     logits: int = 0
