@@ -167,6 +167,7 @@ class FakeEngine:
             bytes=1024,
             base_model=base,
             tasks=config.get("tasks", 0),
+            added_tokens=config.get("added_tokens", 0),
         )
         self.adapters.add(message.digest)
         self.send(AdapterChecked(call=message.call, info=info))

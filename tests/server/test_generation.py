@@ -1,8 +1,8 @@
-"""What is left of the context: the adapter's virtual tokens take room and are nobody's usage."""
+"""What an adapter changes of a request's limits: virtual tokens take room, added ones are in its vocabulary."""
 
 from __future__ import annotations
 
-from tests.server.adapters import error
+from tests.server.adapters import complete, error, made
 from tests.server.conftest import BASE, MakeServer
 from tests.server.fake_engine import CONTEXT
 
@@ -26,3 +26,19 @@ def test_virtual_tokens_count_for_the_context_and_not_as_usage(make_server: Make
     chat = {"model": "prompted", "messages": [{"role": "user", "content": "one"}], "ignore_eos": True}
     usage = server.post("/v1/chat/completions", chat).json()["usage"]
     assert usage["total_tokens"] == CONTEXT - 100
+
+
+def test_added_tokens_are_of_their_adapter_alone(make_server: MakeServer) -> None:
+    server = make_server().until_ready()
+    engine = server.state.engine.info
+    assert engine is not None
+    made(server, "grown", added_tokens=2)
+    made(server, "other", weights=b"others")
+    last = engine.vocab_size + 1
+    fields = ({"prompt": [3, last]}, {"logit_bias": {str(last): 1}}, {"stop_token_ids": [last]})
+    for each in fields:
+        assert complete(server, "grown", **each).status_code == 200
+        for model in (server.state.served_name, "other"):
+            message = error(complete(server, model, **each), 400, "invalid_value")
+            assert f"there is no token {last}; the vocabulary has the ids 0 to {last - 2}" in message
+    assert f"no token {last + 1}" in error(complete(server, "grown", prompt=[last + 1]), 400, "invalid_value")
