@@ -6,6 +6,7 @@ import gc
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from veneer.engine.messages import AdapterChecked, CheckAdapter, Done, DropAdapter, PinAdapter
+from veneer.engine.messages import (
+    AdapterChecked,
+    CheckAdapter,
+    Done,
+    DropAdapter,
+    Generate,
+    PinAdapter,
+    SamplingParams,
+)
 
 RANKS = (1, 4, 7, 16, 64)
 
@@ -106,11 +115,10 @@ def test_base_is_resident_once(tiny_model: Callable[[str], Path], make_engine: C
     driver = make_engine(tiny_model("llama-tied"), kv_cache_memory=1 << 20, adapter_memory=1 << 16)
     engine = driver.engine
     driver.generate([5, 6, 7])
-    cache = sum(k.nbytes + v.nbytes for k, v in engine.base.context.kv_cache)
-    # tables, tiles and norms (one dimension) are small beside the weights
-    assert (
-        abs(weights_alive() - before - cache - engine.base.memory_bytes()) < 0.1 * engine.base.memory_bytes()
-    )
+    step, size = engine.base.context, engine.base.memory_bytes()
+    buffers = [step.added, step.tables.entries, step.tables.entries_host, *chain(*step.kv_cache)]
+    # tiles and norms (one dimension) are small beside the weights
+    assert abs(weights_alive() - before - sum(each.nbytes for each in buffers) - size) < 0.1 * size
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
@@ -243,3 +251,24 @@ def test_an_adapter_that_changes_nothing_is_refused_unless_allowed(
     reply = call(driver, CheckAdapter("d", str(tmp_path / "zero"), "a" * 64, allow_ineffective=True))
     assert any("changes nothing" in warning for warning in reply.info.warnings)
     assert reply.info.effect < 1e-4
+
+
+def test_chores_wait_until_there_was_nothing_to_do_for_a_while(
+    tiny_model: Callable[[str], Path], make_engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(tiny_model("llama")).engine
+    now, done = 1000.0, list[str]()
+    monkeypatch.setattr("veneer.engine.engine.time.monotonic", lambda: now)
+    engine.runner.chores += [lambda: done.append("first"), lambda: done.append("second")]
+    engine.handle(Generate(id="r", prompt=[5], sampling=SamplingParams(max_tokens=2, temperature=0.0)))
+    for passed, more, expected in (
+        (10.0, True, []),  # it runs
+        (10.0, True, []),
+        (2.9, False, []),
+        (0.2, True, ["first"]),
+        (0.0, False, ["first", "second"]),
+        (9.0, False, ["first", "second"]),
+    ):
+        now += passed
+        assert engine.step()[1] == more
+        assert done == expected

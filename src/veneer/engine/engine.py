@@ -40,6 +40,8 @@ from veneer.kernels.backend import resolve
 
 logger = logging.getLogger(__name__)
 
+CHORE_PATIENCE = 3.0  # seconds without work before a chore: whoever comes next waits for its end
+
 
 class Engine:
     """One resident base with any number of adapters. All methods are called from one thread."""
@@ -114,6 +116,7 @@ class Engine:
         self.steps = self.prefill_tokens = self.decode_tokens = 0
         self._lookahead = device.type == "cuda" if config.lookahead is None else config.lookahead
         self._ahead: Launched | None = None  # the next step, on the device already
+        self._busy_at = time.monotonic()
         self._probe = EffectProbe(self.base.model.config.vocab_size)
         self._checks: dict[str, AdapterCheck] = {}  # by call
         self._drops: dict[str, list[Future[None]]] = {}  # call -> the drops of its tasks
@@ -128,6 +131,7 @@ class Engine:
 
     def handle(self, request: messages.Request) -> list[messages.Reply]:
         """Take one message; returns what can be answered at once."""
+        self._busy_at = time.monotonic()
         try:
             match request:
                 case messages.Generate():
@@ -170,8 +174,8 @@ class Engine:
     def step(self) -> tuple[list[messages.Reply], bool]:
         """Poll the adapters, plan, run, apply. Returns the replies and whether there is more to do at once.
 
-        With lookahead the step after this one is launched before this one's tokens are waited for. With nothing
-        to run, one of the runner's chores is done instead.
+        With lookahead the step after this one is launched before this one's tokens are waited for. When there has
+        been nothing to do for a while, one of the runner's chores is done instead.
         """
         items = self._failures()
         current, self._ahead = self._ahead, None
@@ -189,8 +193,11 @@ class Engine:
         visible = [item for item in items if not self._probe.owns(item.id)]
         if visible:
             replies.append(messages.Outputs(visible))
-        more = current is not None or (not self.has_work and self.runner.do_chore())
-        return replies, more
+        if current is not None or self.has_work or replies:
+            self._busy_at = time.monotonic()
+        elif time.monotonic() - self._busy_at > CHORE_PATIENCE:
+            return replies, self.runner.do_chore()
+        return replies, current is not None
 
     def finish_chores(self) -> None:
         """Do now what is otherwise done when there is nothing to run: for benchmarks, and for comparisons."""
