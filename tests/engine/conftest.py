@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from veneer.engine.config import EngineConfig
 from veneer.engine.graphs import LENGTHS, DecodeGraphs, Variant, _Captured, buckets_up_to
-from veneer.engine.messages import Generate, Outputs, SamplingParams, SequenceOutput
+from veneer.engine.messages import AdapterChecked, Done, Generate, Outputs, SamplingParams, SequenceOutput
 from veneer.kernels.tables import Segment
 
 
@@ -53,6 +54,16 @@ class Driver:
             self._news.wait(0.05)
         self._take(replies)
         return replies
+
+    def call(self, request: Any, limit: int = 2000) -> Any:
+        """Send a request that is answered by one reply, and step until it is."""
+        replies = self.engine.handle(request)
+        for _ in range(limit):
+            for reply in replies:
+                if isinstance(reply, AdapterChecked | Done):
+                    return reply
+            replies = self.step()
+        raise AssertionError(f"not answered after {limit} steps")
 
     def generate(self, prompt: list[int], adapter: str | None = None, **sampling: Any) -> list[int]:
         return self.run(self.submit(prompt, adapter, **sampling))[0]
@@ -94,6 +105,27 @@ def make_engine(tmp_path: Path) -> Iterator[Callable[..., Driver]]:
     yield make
     for driver in made:
         driver.engine.close()
+
+
+@pytest.fixture(scope="session")
+def make_stores(
+    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Callable[[Path, Path], None]], Callable[[str], Path]]:
+    """A function: what writes a base's adapters, given its folder and that of the blobs -> `store_of`.
+
+    That is a function, too: architecture -> the folder of a store with those adapters, made once.
+    """
+
+    def make(write: Callable[[Path, Path], None]) -> Callable[[str], Path]:
+        @cache
+        def store_of(architecture: str) -> Path:
+            store = tmp_path_factory.mktemp("store")
+            write(tiny_model(architecture), store / "blobs")
+            return store
+
+        return store_of
+
+    return make
 
 
 class Replay:

@@ -13,10 +13,10 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig
 from safetensors.torch import save_file
+from tests.engine.adapters import assert_same, likeliest, load, prompt_of, save_random, told
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from veneer.adapters.checkpoint import Checkpoint
@@ -73,52 +73,26 @@ def digest_of(kind: str) -> str:
 ALL = [*KINDS, "lora", "ia3"]
 
 
-def load(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
 @pytest.fixture(scope="module")
-def store_of(
-    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
+def store_of(make_stores: Callable[..., Callable[[str], Path]]) -> Callable[[str], Path]:
     """A function: architecture -> a store with an adapter of each kind."""
-    made: dict[str, Path] = {}
 
-    def make(architecture: str) -> Path:
-        if architecture in made:
-            return made[architecture]
-        store = made[architecture] = tmp_path_factory.mktemp(architecture)
+    def write(base: Path, blobs: Path) -> None:
         for kind in KINDS:
-            folder = store / "blobs" / digest_of(kind)
+            folder = blobs / digest_of(kind)
             folder.mkdir(parents=True)
             (folder / CONFIG_FILE).write_bytes(msgspec.json.encode({"peft_type": KIND, "name": kind}))
             save_file({"unread": torch.zeros(1)}, folder / WEIGHTS_FILE)
         ia3 = IA3Config(target_modules=["o_proj", "down_proj"], feedforward_modules=["down_proj"])
         for kind, config in (("lora", LoraConfig(r=5, target_modules=["o_proj"])), ("ia3", ia3)):
-            torch.manual_seed(7)
-            model: Any = get_peft_model(load(tiny_model(architecture)), config)
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.data += 0.2 * torch.randn_like(parameter)
-            model.save_pretrained(store / "blobs" / digest_of(kind), save_embedding_layers=False)
-        return store
+            save_random(blobs / digest_of(kind), load(base), config, seed=7)
 
-    return make
+    return make_stores(write)
 
 
 def submit(driver: Any, index: int, kind: str | None) -> str:
-    digest = None if kind is None else digest_of(kind)
-    name: str = driver.submit(prompt_of(index), digest, logprobs=5, max_tokens=6)
+    name: str = driver.submit(prompt_of(index), kind and digest_of(kind), logprobs=5, max_tokens=6)
     return name
-
-
-def prompt_of(index: int) -> list[int]:
-    return [3 + index % 4, 9, 27, 81, 5, 25, 3 + index % 2] + [40 + index] * (index % 6)
-
-
-def told(driver: Any, identifier: str) -> torch.Tensor:
-    found = [item.logprobs[0] for item in driver.outputs[identifier]]
-    return torch.tensor([[entry.logprob, *entry.top_logprobs] for entry in found])
 
 
 # ---- against a forward pass that is written out -----------------------------------------------------
@@ -206,9 +180,7 @@ def check_answers(driver: Any, folder: Path, asked: list[tuple[int, str]], ids: 
         tokens = driver.tokens(identifier)
         program = lower(Named(kind), driver.engine.base, 512)  # type: ignore[arg-type]
         expected = Reference(load(folder), program)(prompt_of(index) + tokens)[len(prompt_of(index)) - 1 : -1]
-        own = expected[torch.arange(len(tokens)), torch.tensor(tokens)][:, None]
-        expected = torch.cat([own, expected.topk(5).values], 1)
-        torch.testing.assert_close(told(driver, identifier), expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(told(driver, identifier), likeliest(expected, tokens), rtol=0, atol=1e-4)
 
 
 class Named:
@@ -250,9 +222,7 @@ def test_a_mixed_batch_equals_each_alone(
     tokens = driver.run(*together)
     alone = make_engine(tiny_model(architecture), max_loras=2, **fields)  # adapters take turns in two slots
     for index, kind in enumerate(choices):
-        own = submit(alone, index, kind)
-        assert alone.run(own) == [tokens[index]]
-        torch.testing.assert_close(told(driver, together[index]), told(alone, own), rtol=0, atol=5e-5)
+        assert_same(driver, [together[index]], alone, [submit(alone, index, kind)], 5e-5)
     assert len({tuple(each) for each in tokens}) > len(choices) // 2
 
 
@@ -330,9 +300,7 @@ def test_decode_graphs_have_a_variant_for_it(
     made = replay_graphs(driver.engine)
     for choices in ([None, "lora"], [None, "ia3"], [None, *ALL], ["routed"]):
         ids = [[submit(d, index, kind) for index, kind in enumerate(choices)] for d in (plain, driver)]
-        assert driver.run(*ids[1]) == plain.run(*ids[0])
-        for theirs, ours in zip(*ids, strict=True):
-            torch.testing.assert_close(told(driver, ours), told(plain, theirs), rtol=0, atol=5e-5)
+        assert_same(driver, ids[1], plain, ids[0], 5e-5)
     used = Counter(each.variant for each in made if each.replays)
     # rows of the base may run alone while adapters are loaded
     assert used.keys() - {Variant.BASE} == {Variant.ADAPTED, Variant.TURNED, Variant.HIDDEN}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TrainableTokensConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from tests.engine.adapters import likeliest, load, prompt_of, save_random, told
+
+from veneer.engine.messages import CheckAdapter
 
 OWN = [9, 3, 81, 44]  # in the prompts
 KINDS: dict[str, Callable[[], PeftConfig]] = {
@@ -27,55 +30,22 @@ def digest_of(kind: str) -> str:
     return f"{list(KINDS).index(kind) + 1:064x}"
 
 
-def load(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
 @pytest.fixture(scope="module")
-def store_of(
-    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
-    """A function: architecture -> a store with one random adapter of each kind, saved by PEFT."""
-    made: dict[str, Path] = {}
+def store_of(make_stores: Callable[..., Callable[[str], Path]]) -> Callable[[str], Path]:
+    """A function: architecture -> a store with one random adapter of each kind."""
 
-    def make(architecture: str) -> Path:
-        if architecture not in made:
-            made[architecture] = tmp_path_factory.mktemp(architecture)
-            for seed, (kind, config) in enumerate(KINDS.items()):
-                torch.manual_seed(seed)
-                with pytest.warns() if kind == "embedding" and "tied" in architecture else _nothing():
-                    model: Any = get_peft_model(load(tiny_model(architecture)), config())
-                for parameter in model.parameters():
-                    if parameter.requires_grad:
-                        parameter.data += 0.2 * torch.randn_like(parameter)
-                model.save_pretrained(
-                    made[architecture] / "blobs" / digest_of(kind), save_embedding_layers=False
-                )
-        return made[architecture]
+    def write(base: Path, blobs: Path) -> None:
+        tied = load(base).config.tie_word_embeddings
+        for seed, (kind, config) in enumerate(KINDS.items()):
+            with pytest.warns() if kind == "embedding" and tied else nullcontext():
+                save_random(blobs / digest_of(kind), load(base), config(), seed=seed)
 
-    return make
-
-
-class _nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *exception: object) -> None: ...
-
-
-def prompt_of(index: int) -> list[int]:
-    return [3 + index % 4, 9, 27, 81, 5, 25, 3 + index % 2] + [40 + index] * (index % 6)
+    return make_stores(write)
 
 
 def submit(driver: Any, index: int, kind: str | None) -> str:
-    digest = None if kind is None else digest_of(kind)
-    name: str = driver.submit(prompt_of(index), digest, logprobs=5, max_tokens=7)
+    name: str = driver.submit(prompt_of(index), kind and digest_of(kind), logprobs=5, max_tokens=7)
     return name
-
-
-def told(driver: Any, identifier: str) -> torch.Tensor:
-    """Log probabilities [tokens, 1 + 5] of a request's tokens and of the likeliest ones."""
-    found = [item.logprobs[0] for item in driver.outputs[identifier]]
-    return torch.tensor([[entry.logprob, *entry.top_logprobs] for entry in found])
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "gemma3"])
@@ -99,9 +69,7 @@ def test_every_kind_gives_the_log_probabilities_of_peft(
         with torch.inference_mode():
             logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
         expected = torch.log_softmax(logits, -1)
-        own = expected[torch.arange(len(tokens)), torch.tensor(tokens)][:, None]
-        expected = torch.cat([own, expected.topk(5).values], 1)
-        error = (told(driver, identifier) - expected).abs().max()
+        error = (told(driver, identifier) - likeliest(expected, tokens)).abs().max()
         assert error <= 1e-5 * float(logits.abs().max()), kind
 
 
@@ -140,15 +108,9 @@ def test_a_preempted_sequence_goes_on_as_it_was(
 def test_an_upload_is_tried_on_its_own_tokens(
     tiny_model: Callable[[str], Path], store_of: Callable[[str], Path], make_engine: Callable[..., Any]
 ) -> None:
-    from veneer.engine.messages import AdapterChecked, CheckAdapter
-
     driver = make_engine(tiny_model("llama"))
     folder = store_of("llama") / "blobs" / digest_of("tokens")
-    driver.engine.handle(CheckAdapter("call", str(folder), digest_of("tokens")))
-    checked: list[AdapterChecked] = []
-    while not checked:
-        checked = [reply for reply in driver.step() if isinstance(reply, AdapterChecked)]
-    info = checked[0].info
+    info = driver.call(CheckAdapter("call", str(folder), digest_of("tokens"))).info
     assert info is not None
     assert info.effect
     assert info.primitives == ["token_rows"]
@@ -184,13 +146,9 @@ def grown(
     def make(architecture: str, kind: str) -> tuple[Path, Path]:
         store = tmp_path_factory.mktemp("grown")
         folder = store / "blobs" / f"{99:064x}"
-        torch.manual_seed(1)
-        tokens = 2 if kind == "rows" else 3
-        model: Any = get_peft_model(resized(tiny_model(architecture), tokens), RESIZED[kind]())
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.2 * torch.randn_like(parameter)
-        model.save_pretrained(folder, save_embedding_layers=kind == "vocabulary")
+        base = resized(tiny_model(architecture), 2 if kind == "rows" else 3)
+        vocabulary = kind == "vocabulary"
+        save_random(folder, base, RESIZED[kind](), seed=1, save_embedding_layers=vocabulary)
         return store, folder
 
     return make
@@ -280,15 +238,9 @@ def test_tokens_without_an_output_row_are_read_alone(
     grown: Callable[[str, str], tuple[Path, Path]],
     make_engine: Callable[..., Any],
 ) -> None:
-    from veneer.engine.messages import AdapterChecked, CheckAdapter
-
     store, folder = grown("llama", "rows")
     driver = make_engine(tiny_model("llama"), store=str(store))
-    driver.engine.handle(CheckAdapter("call", str(folder), f"{99:064x}"))
-    checked: list[AdapterChecked] = []
-    while not checked:
-        checked = [reply for reply in driver.step() if isinstance(reply, AdapterChecked)]
-    info = checked[0].info
+    info = driver.call(CheckAdapter("call", str(folder), f"{99:064x}")).info
     assert info is not None
     assert info.added_tokens == 2
     assert info.effect

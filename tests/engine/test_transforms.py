@@ -19,8 +19,8 @@ from peft import (
     PeftModel,
     RoadConfig,
     ShiraConfig,
-    get_peft_model,
 )
+from tests.engine.adapters import assert_same, likeliest, load, prompt_of, save_random, told
 from transformers import AutoModelForCausalLM
 
 from veneer.engine.graphs import Variant
@@ -48,49 +48,21 @@ def digest_of(kind: str) -> str:
     return f"{list(KINDS).index(kind) + 1:064x}"
 
 
-def load(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
 @pytest.fixture(scope="module")
-def store_of(
-    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
-    """A function: architecture -> a store with one random adapter of each kind, saved by PEFT."""
-    made: dict[str, Path] = {}
+def store_of(make_stores: Callable[..., Callable[[str], Path]]) -> Callable[[str], Path]:
+    """A function: architecture -> a store with one random adapter of each kind."""
 
-    def make(architecture: str) -> Path:
-        if architecture not in made:
-            made[architecture] = tmp_path_factory.mktemp(architecture)
-            for seed, (kind, config) in enumerate(KINDS.items()):
-                torch.manual_seed(seed)
-                model: Any = get_peft_model(load(tiny_model(architecture)), config())
-                for parameter in model.parameters():
-                    if parameter.requires_grad:
-                        parameter.data += 0.2 * torch.randn_like(parameter)
-                model.save_pretrained(
-                    made[architecture] / "blobs" / digest_of(kind), save_embedding_layers=False
-                )
-        return made[architecture]
+    def write(base: Path, blobs: Path) -> None:
+        for seed, (kind, config) in enumerate(KINDS.items()):
+            save_random(blobs / digest_of(kind), load(base), config(), seed=seed)
 
-    return make
+    return make_stores(write)
 
 
 def submit(driver: Any, index: int, kind: str | None) -> str:
     """A request with one of several prompts, which differ in length and share beginnings."""
-    digest = None if kind is None else digest_of(kind)
-    name: str = driver.submit(prompt_of(index), digest, logprobs=5, max_tokens=7)
+    name: str = driver.submit(prompt_of(index), kind and digest_of(kind), logprobs=5, max_tokens=7)
     return name
-
-
-def prompt_of(index: int) -> list[int]:
-    return [3 + index % 4, 9, 27, 81, 5, 25, 3 + index % 2] + [40 + index] * (index % 6)
-
-
-def told(driver: Any, identifier: str) -> torch.Tensor:
-    """Log probabilities [tokens, 1 + 5] of a request's tokens and of the likeliest ones."""
-    found = [item.logprobs[0] for item in driver.outputs[identifier]]
-    return torch.tensor([[entry.logprob, *entry.top_logprobs] for entry in found])
 
 
 @pytest.mark.parametrize(
@@ -110,9 +82,7 @@ def test_a_mixed_batch_equals_each_alone(
     tokens = driver.run(*together)
     alone = make_engine(tiny_model(architecture), max_loras=2, **fields)  # adapters take turns in two slots
     for index, kind in enumerate(choices):
-        own = submit(alone, index, kind)
-        assert alone.run(own) == [tokens[index]]
-        torch.testing.assert_close(told(driver, together[index]), told(alone, own), rtol=0, atol=2e-5)
+        assert_same(driver, [together[index]], alone, [submit(alone, index, kind)], 2e-5)
     assert len({tuple(each) for each in tokens[: 1 + len(KINDS)]}) > len(KINDS) // 2
 
 
@@ -129,10 +99,11 @@ def test_every_kind_gives_the_log_probabilities_of_peft(
                 0, len(prompt_of(index)) - 1 : -1
             ]
         expected = torch.log_softmax(logits, -1)
-        own = expected[torch.arange(len(tokens)), torch.tensor(tokens)][:, None]
-        expected = torch.cat([own, expected.topk(5).values], 1)
         torch.testing.assert_close(
-            told(driver, identifier), expected, rtol=0, atol=1e-5 * float(logits.abs().max())
+            told(driver, identifier),
+            likeliest(expected, tokens),
+            rtol=0,
+            atol=1e-5 * float(logits.abs().max()),
         )
 
 
@@ -295,9 +266,7 @@ def test_decode_graphs_have_a_variant_for_it(
     scaling = [None, "dora", "lora", "road"]
     for choices in ([None, None], [None, "lora"], scaling, transforming, [None, *KINDS]):
         ids = [[submit(d, index, kind) for index, kind in enumerate(choices)] for d in (plain, driver)]
-        assert driver.run(*ids[1]) == plain.run(*ids[0])
-        for theirs, ours in zip(*ids, strict=True):
-            torch.testing.assert_close(told(driver, ours), told(plain, theirs), rtol=0, atol=2e-5)
+        assert_same(driver, ids[1], plain, ids[0], 2e-5)
     used = Counter(each.variant for each in made if each.replays)
     assert used.keys() == set(Variant) - {Variant.HIDDEN}
 

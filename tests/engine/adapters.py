@@ -1,0 +1,68 @@
+"""What tests of adapters in the engine share: random adapters that PEFT saves, and what is expected of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+
+def load(folder: Path) -> Any:
+    """The tiny base of a folder, in float32 and for evaluation."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def save_random(
+    folder: Path,
+    base: Any,
+    config: PeftConfig,
+    *,
+    seed: int,
+    strength: float = 0.2,
+    save_embedding_layers: bool = False,
+) -> None:
+    """Let PEFT make an adapter of a loaded base, add normal numbers times `strength` to it, and save it."""
+    torch.manual_seed(seed)
+    model: Any = get_peft_model(base, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += strength * torch.randn_like(parameter)
+    model.save_pretrained(folder, save_embedding_layers=save_embedding_layers)
+
+
+def save_lora(folder: Path, base: Path, rank: int, **fields: Any) -> None:
+    """Let PEFT save a LoRA of a base's folder at every linear layer, with B of normal numbers times 0.1."""
+    torch.manual_seed(rank)
+    config = LoraConfig(**{"r": rank, "lora_alpha": 16, "target_modules": "all-linear", **fields})
+    model: Any = get_peft_model(load(base), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+    model.save_pretrained(folder, save_embedding_layers=False)
+
+
+def prompt_of(index: int) -> list[int]:
+    """One of several prompts, which differ in length and share beginnings."""
+    return [3 + index % 4, 9, 27, 81, 5, 25, 3 + index % 2] + [40 + index] * (index % 6)
+
+
+def likeliest(logprobs: torch.Tensor, tokens: list[int], count: int = 5) -> torch.Tensor:
+    """Of log probabilities [tokens, vocabulary] the tokens' own and the `count` largest, as `told` has them."""
+    own = logprobs[torch.arange(len(tokens)), torch.tensor(tokens)][:, None]
+    return torch.cat([own, logprobs.topk(count).values], 1)
+
+
+def told(driver: Any, identifier: str) -> torch.Tensor:
+    """Log probabilities [tokens, 1 + count] of a request's tokens and of the likeliest ones."""
+    found = [item.logprobs[0] for item in driver.outputs[identifier]]
+    return torch.tensor([[entry.logprob, *entry.top_logprobs] for entry in found])
+
+
+def assert_same(driver: Any, ids: list[str], other: Any, other_ids: list[str], atol: float) -> None:
+    """Two engines answer with the same tokens, and with log probabilities within `atol` of each other."""
+    assert driver.run(*ids) == other.run(*other_ids)
+    for ours, theirs in zip(ids, other_ids, strict=True):
+        torch.testing.assert_close(told(driver, ours), told(other, theirs), rtol=0, atol=atol)
