@@ -96,6 +96,9 @@ def around(count: int, ids: int = 1) -> dict[str, Any]:
     return {"type": "TemplateProcessing", "single": [piece] * count, "pair": [], "special_tokens": tokens}
 
 
+TEXT = {"Sequence": {"id": "A", "type_id": 0}}
+
+
 def swell(content: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": {"String": "a"}, "content": content}
 
@@ -134,9 +137,13 @@ def swell(content: str) -> dict[str, Any]:
         (replaced("post_processor", around(65)), "at most 64 tokens"),
         (replaced("post_processor", around(1, ids=1000)), "each with one id"),
         (replaced("post_processor", {"type": "TemplateProcessing"}), "must be a list"),
+        (replaced("post_processor", around(0) | {"single": [TEXT] * 2}), "must hold the text once"),
         (replaced("model.type", "Unigram"), "its model is 'Unigram' and the base's is 'BPE'"),
         (replaced("model", None), "its model is 'None'"),
         (replaced("model.dropout", 0.5), "dropout = 0.5"),
+        (replaced("model.continuing_subword_prefix", "x" * 10**6), "continuing_subword_prefix is 'xxx"),
+        (replaced("model.end_of_word_suffix", "x" * 10**6), "end_of_word_suffix is 'xxx"),
+        (replaced("model.max_input_chars_per_word", 10**9), "max_input_chars_per_word is '1000000000'"),
         (replaced("model.vocab", {"x" * 1025: 0}), "at most 1024 characters"),
         (replaced("model.vocab", 3), "its vocabulary"),
         (replaced("model.merges", ["nothing here"]), "the tokenizer fails"),

@@ -26,6 +26,7 @@ _PARTS_LIMIT = 8  # of a sequence of normalizers, pre-tokenizers or post-process
 _AROUND_LIMIT = 64  # tokens put around a text
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_MODEL_SIZES = ("continuing_subword_prefix", "end_of_word_suffix", "max_input_chars_per_word")
 _KNOWN_REGEXES = frozenset(
     {
         # GPT-2's, Llama 3's and Qwen 2's ways to find words
@@ -68,7 +69,7 @@ def load_tokenizer(data: bytes, base: Mapping[str, Any]) -> Tokenizer:
         if part is not None and part != base.get(name):
             _check_part(name, part, regexes)
         checked[name] = part
-    checked["model"] = _model(given.get("model"), base["model"]["type"])
+    checked["model"] = _model(given.get("model"), base["model"])
     return guarded(lambda: Tokenizer.from_str(msgspec.json.encode(checked).decode()))
 
 
@@ -133,6 +134,8 @@ def _check_sizes(name: str, kind: str, member: Mapping[str, Any]) -> None:
         long = any(not isinstance(each, list) or len(each) > 1 for each in ids)
         if len(around) > _AROUND_LIMIT or len(named) > _AROUND_LIMIT or long:
             raise _refused(f"at most {_AROUND_LIMIT} tokens may be put around a text, each with one id")
+        if sum(isinstance(piece, dict) and "Sequence" in piece for piece in member["single"]) > 1:
+            raise _refused("single of TemplateProcessing must hold the text once")
 
 
 def _list(member: Mapping[str, Any], key: str) -> list[Any]:
@@ -152,7 +155,9 @@ def _added_tokens(tokens: Any) -> list[Any]:
     return tokens
 
 
-def _model(model: Any, kind: str) -> dict[str, Any]:
+def _model(model: Any, base: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` is the base's, without its vocabulary."""
+    kind = base["type"]
     if not isinstance(model, dict) or model.get("type") != kind:
         given = model.get("type") if isinstance(model, dict) else model
         raise _refused(f"its model is {str(given)[:100]!r} and the base's is {kind!r}")
@@ -160,6 +165,9 @@ def _model(model: Any, kind: str) -> dict[str, Any]:
         raise _refused(
             f"dropout = {str(model['dropout'])[:100]}: the same text must always have the same tokens"
         )
+    for name in _MODEL_SIZES:  # put to every character or word of a text, or say how long a word may be
+        if (model.get(name) or None) != (base.get(name) or None):
+            raise _refused(f"{name} is {str(model.get(name))[:100]!r} and the base's is {base.get(name)!r}")
     vocabulary = model.get("vocab")
     pieces: Any = vocabulary
     if isinstance(vocabulary, list):  # Unigram's: [piece, score]

@@ -67,7 +67,8 @@ class TextTokenizer:
         written = self._tokenizer.to_str()
         self.fingerprint = hashlib.sha256(written.encode()).digest()
         self.definition: dict[str, Any] = json.loads(written)
-        self.definition["model"] = {"type": self.definition["model"]["type"]}
+        model = self.definition["model"]
+        self.definition["model"] = {key: model[key] for key in model if key not in ("vocab", "merges")}
         self._decoder = _decoder_kind(self.definition["decoder"])
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
