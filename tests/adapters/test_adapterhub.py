@@ -13,7 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from veneer.adapters.checkpoint import Checkpoint
+from veneer.adapters.methods import adapterhub_fusion
 from veneer.adapters.methods.adapterhub_reft import orthogonal
+from veneer.adapters.methods.base import Limits
 from veneer.adapters.names import ADAPTERHUB_WEIGHTS, CONFIG_FILE, WEIGHTS_FILE
 from veneer.adapters.program import Program, Site
 from veneer.adapters.reach import Span
@@ -29,6 +32,7 @@ class RecordedBase:
 
     num_layers, num_kv_heads, head_dim, hidden_size = 2, 2, 16, 64
     model_type = "llama"
+    limits, dtype = Limits(), torch.float32
 
     @cached_property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -253,6 +257,16 @@ def test_prefix_refusals(
     assert words in file.refusal()
 
 
+def test_a_prefix_that_the_mlp_makes_too_large_is_refused_before_it_is_made(
+    recorded: Callable[[str], File], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RecordedBase, "limits", Limits(module_bytes=6 * 128 * 4 - 1))
+    monkeypatch.setattr(Checkpoint, "_load", lambda *_: pytest.fail("a tensor was read"))
+    message = recorded("prefix").refusal()
+    assert "What the MLP makes of the prefix takes 3072 bytes in full, [6, 128] numbers" in message
+    assert "(--max-module-bytes)" in message
+
+
 def test_a_prefix_takes_no_positions(recorded: Callable[[str], File]) -> None:
     program = recorded("prefix").lower()
     assert program.prompt is not None
@@ -318,6 +332,7 @@ def test_activations_had_other_names(recorded: Callable[[str], File]) -> None:
         ("houlsby", {"mh_adapter": False}, "8 tensors cannot be served"),
         ("compacter", {"phm_dim": 3}, "phm_dim = 3: it must divide the sizes 64 and 8"),
         ("compacter", {"phm_dim": 0}, "phm_dim = 0"),
+        ("compacter", {"phm_dim": 128}, "phm_dim = 128: the limit is 64"),
         ("compacter", {"phm_rank": 1 << 40}, "of a wrong shape"),
         ("compacter-shared", {"reduction_factor": {"0": 8, "default": 4}}, "of several sizes"),
         (
@@ -392,6 +407,16 @@ def test_the_last_fused_adapter_must_be_in_every_layer(recorded: Callable[[str],
         lambda tensors: [tensors.pop(key) for key in [*tensors] if "layers.0" in key and ".two." in key]
     )
     assert "the last fused adapter must be in every layer that another one is in" in file.refusal()
+
+
+def test_adapters_are_counted_before_they_are_read(
+    recorded: Callable[[str], File], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = recorded("fusion")
+    config = json.loads((file.folder / CONFIG_FILE).read_text())
+    file.edit({"adapters": config["adapters"][:1] * 33})
+    monkeypatch.setattr(adapterhub_fusion, "read", lambda *_: pytest.fail("an adapter was read"))
+    assert 'adapters = "33 of them": at most 32 adapters can be fused' in file.refusal()
 
 
 @pytest.mark.parametrize("names", [[], ["two", "one"], ["one", "two", "two"]])

@@ -209,6 +209,13 @@ def test_a_value_beyond_the_dtype_is_refused_by_site() -> None:
     assert pack(program, SITES, torch.bfloat16, pin=False).blob.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_overflowed_in_lowering_is_refused_in_every_dtype(dtype: torch.dtype) -> None:
+    program = Program("ia3", {"v": SiteProgram(scale_out=torch.full((16,), float("inf")))})
+    with pytest.raises(AdapterRefused, match="at v the adapter's numbers overflow float32"):
+        pack(program, SITES, dtype, pin=False)
+
+
 @pytest.mark.parametrize(
     ("name", "part", "message"),
     [

@@ -116,7 +116,7 @@ def test_llama_adapters_that_do_not_fit_are_refused(
         ({"adapter_layers": 3}, "2 tensors missing"),
         ({"adapter_layers": 1}, "2 tensors cannot be served"),
         ({"target_modules": "mlp"}, 'target_modules = "mlp": Invalid enum value'),
-        ({"modules_to_save": ["lm_head"]}, "it replaces whole layers of the base"),
+        ({"modules_to_save": ["lm_head"]}, "the file has no 'base_model.model.lm_head.weight'"),
         ({"r": 8}, "unknown fields 'r'"),
     ):
         before = (folder / CONFIG_FILE).read_text()
@@ -241,6 +241,7 @@ def test_routers_that_do_not_fit_are_refused(
         (arrow(router_temperature=0), "Expected `float` > 0"),
         (arrow(new_field=1), "unknown field `new_field`"),
         (arrow(gks_adapter_names=[]), "use_gks needs gks_adapter_names"),
+        (arrow(gks_adapter_names=[f"gks_{n}" for n in range(33)]), "`array` of length <= 32"),
         (arrow(use_gks=False), "must have the config of each of task_0, task_1, task_2, once, and no other"),
         (arrow(task_adapter_names=["task_0", "task_0"]), "once, and no other"),
         (arrow(task_adapter_names=["task_0", "gks_1"]), "'gks_1': PEFT takes gks_N for general experts"),

@@ -188,12 +188,15 @@ def _room(tensor: torch.Tensor, itemsize: int) -> int:
 def _put(tensor: torch.Tensor, target: torch.Tensor, where: str) -> None:
     """Convert a tensor into its part of a blob. Raises `AdapterRefused` when a value does not fit."""
     target.copy_(tensor.reshape(-1))
-    if target.itemsize < tensor.itemsize and not target.isfinite().all():
-        raise AdapterRefused(
-            f"{where} the adapter's largest value {tensor.abs().max().item():.6g} is beyond "
-            f"{torch.finfo(target.dtype).max:.6g}, the largest that the server's {target.dtype} holds; "
-            "serve with --dtype float32"
-        )
+    if target.isfinite().all():
+        return
+    if not tensor.isfinite().all():  # what a method computed of finite numbers
+        raise AdapterRefused(f"{where} the adapter's numbers overflow float32; its values are too large.")
+    raise AdapterRefused(
+        f"{where} the adapter's largest value {tensor.abs().max().item():.6g} is beyond "
+        f"{torch.finfo(target.dtype).max:.6g}, the largest that the server's {target.dtype} holds; "
+        "serve with --dtype float32"
+    )
 
 
 def _prompt_size(prompt: Prompt | None) -> int:

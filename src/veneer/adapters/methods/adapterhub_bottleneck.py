@@ -34,6 +34,7 @@ LOCATIONS: Mapping[str, Literal["attention", "mlp"]] = {
     "attention_adapters": "attention",
     "output_adapters": "mlp",
 }
+_PHM_LIMIT = 64
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 
 
@@ -185,6 +186,8 @@ def _inner(file: File, config: Honoured, layer: int) -> int:
             "reduction_factor", factor, "it must be above 0 and leave a bottleneck of a sensible size"
         )
     inner = max(int(hidden // factor), 1)
+    if config.phm_layer and config.phm_dim > _PHM_LIMIT:  # its rule has phm_dim cubed numbers
+        raise wrong("phm_dim", config.phm_dim, f"the limit is {_PHM_LIMIT}")
     if config.phm_layer and (inner % config.phm_dim or hidden % config.phm_dim):
         raise wrong("phm_dim", config.phm_dim, f"it must divide the sizes {hidden} and {inner}")
     return inner
@@ -268,10 +271,12 @@ def tensors(file: File, config: Honoured, each: Located) -> Bottleneck:
 
 
 def _kron(made: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The weight [out, in] of a Compacter projection."""
+    """The weight [out, in] of a Compacter projection: the sum of Kronecker products, of which none is made."""
     weights = made["W"] if "W" in made else made["W_left"] @ made["W_right"]
     rules = made["phm_rule"] if "phm_rule" in made else made["phm_rule_left"] @ made["phm_rule_right"]
-    return torch.stack([torch.kron(rule, each) for rule, each in zip(rules, weights, strict=True)]).sum(0).T
+    axes, rows, columns = weights.shape
+    whole = torch.einsum("irs,iab->rasb", rules, weights)
+    return whole.reshape(axes * rows, axes * columns).T
 
 
 def scale(file: File, config: Honoured, each: Located) -> float | torch.Tensor:

@@ -139,14 +139,14 @@ def lower(checkpoint: Checkpoint, base: Base, max_rank: int) -> Program:
 
 def _parts(checkpoint: Checkpoint, base: Base, upload: Upload, outer: Outer) -> list[_Part]:
     """The fused adapters in their order."""
+    if (count := len(upload.adapters)) > MAX_CHOICES:
+        raise wrong("adapters", f"{count} of them", f"at most {MAX_CHOICES} adapters can be fused")
     files = [read(checkpoint, base, each) for each in upload.adapters]
     names = [file.name for file in files]
     if not names or names != outer.adapter_names or len(set(names)) < len(names):
         raise wrong(
             "adapter_names", outer.adapter_names, f"the adapters in the file are {names}, in this order"
         )
-    if len(names) > MAX_CHOICES:
-        raise wrong("adapter_names", f"{len(names)} names", f"at most {MAX_CHOICES} adapters can be fused")
     parts = []
     for file in files:
         config = bottleneck.read_config(file)

@@ -91,7 +91,8 @@ def lower(checkpoint: Checkpoint, base: Base, max_rank: int) -> Program:
 
 def _sites(file: File, config: Honoured) -> list[Site]:
     """The config's layers. Which MLP layer is the "intermediate" one differs by architecture: the file tells."""
-    modules = [f"self_attn.{name}_proj" for name in config.attn_matrices if config.selfattn_lora]
+    matrices = dict.fromkeys(config.attn_matrices if config.selfattn_lora else ())
+    modules = [f"self_attn.{name}_proj" for name in matrices]
     mlp = ["mlp.down_proj", "mlp.up_proj"]
     if config.intermediate_lora != config.output_lora:
         here = [name for name in mlp if any(f".{name}.{_PART}." in key for key in file.checkpoint.header)]

@@ -19,6 +19,7 @@ import torch
 from veneer.adapters.checkpoint import Checkpoint
 from veneer.adapters.methods.adapterhub import GATED, LIBRARY, File, activation_kind, read
 from veneer.adapters.methods.base import Base
+from veneer.adapters.methods.changes import check_module
 from veneer.adapters.methods.common import Refusal, read_fields, wrong
 from veneer.adapters.methods.prompts import kv_shape
 from veneer.adapters.program import Program, Prompt
@@ -93,6 +94,8 @@ def _values(file: File, config: Honoured, width: int) -> torch.Tensor:
     }
     kind = activation_kind(file, config.non_linearity)
     file.require({key(part): shape for part, shape in shapes.items()})
+    # A row of the file becomes many times its size here.
+    check_module("What the MLP makes of the prefix", (tokens, max(width, size)), file.base)
     embeddings, down, down_bias, up, up_bias = (file.checkpoint.read(key(part)) for part in shapes)
     inner = ELEMENTWISE_FUNCTIONS[kind](torch.addmm(down_bias, embeddings, down.T))
     return torch.addmm(up_bias, inner, up.T).flatten()

@@ -51,7 +51,7 @@ class Router(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """PEFT's ArrowConfig, with its defaults."""
 
     task_adapter_names: Names
-    gks_adapter_names: list[str] | None = None
+    gks_adapter_names: Annotated[list[str], msgspec.Meta(max_length=MAX_CHOICES)] | None = None
     top_k: Annotated[int, msgspec.Meta(ge=1)] = 3
     router_temperature: Annotated[float, msgspec.Meta(gt=0)] = 1.0
     use_gks: bool = False

@@ -104,8 +104,8 @@ def lower(checkpoint: Checkpoint, base: Base, max_rank: int) -> Program:
     config = read_fields(checkpoint.config, Honoured, TrainingOnly, REFUSED, "BOTTLENECK", "Veneer")
     check_rank(config.rank, max_rank, "rank")
     span = _span(config)
-    places = [(layer, place) for layer in _layers(config, base) for place in config.places]
-    if not places or len(set(places)) < len(places):
+    places = [(layer, place) for layer in _layers(config, base) for place in dict.fromkeys(config.places)]
+    if not places or len(set(config.places)) < len(config.places):
         raise wrong("places", config.places, "it must name each of its places once, and at least one")
     sites = {key: hidden_site(base, *key, config.source) for key in places}
     parts = ("", "tail.") if span is not None and span.has_tail else ("",)

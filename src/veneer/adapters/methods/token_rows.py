@@ -23,6 +23,9 @@ def check_ids(field: str, ids: Sequence[int], base: Base) -> None:
     vocabulary, limit = base.embedding.in_features, base.limits.added_tokens
     if not ids:
         raise wrong(field, list(ids), "it must name a token")
+    if len(ids) > vocabulary + limit:  # before anything is made of each of them
+        rule = f"the base has {vocabulary} tokens, and an adapter may add {limit} (--max-added-tokens)"
+        raise wrong(field, f"{len(ids)} tokens", rule)
     if len(set(ids)) != len(ids) or min(ids) < 0:
         raise wrong(field, list(ids), "it must name tokens once each, by ids from 0 on")
     added = sorted(token for token in ids if token >= vocabulary)
