@@ -108,6 +108,8 @@ def test_long_names_do_not_fill_the_message(folder: Path) -> None:
         (b'{"lora_alpha": -Infinity}', "Infinity"),
         (b'{"r": ' + b"9" * 5000 + b"}", "not valid JSON"),
         (b'{"r": "\xff"}', "not valid JSON"),
+        (b'{"r": "\\ud800"}', "surrogates not allowed"),
+        (b'{"\\uDFFF": 8}', "surrogates not allowed"),
         (b'{"r": ' + b"[" * 200_000, "not valid JSON"),
         (b'{"r": "' + b"x" * CONFIG_LIMIT + b'"}', f"limit is {CONFIG_LIMIT}"),
     ],

@@ -206,6 +206,8 @@ def test_the_digest_covers_them(server: Server) -> None:
             "none is named 'default'",
         ),
         ({"tokenizer_config": "{"}, "tokenizer_config.json is not valid JSON"),
+        ({"tokenizer_config": '{"bos_token": "\\ud800"}'}, "tokenizer_config.json is not valid JSON"),
+        ({"tokenizer_config": '{"chat_template": "\\ud800"}'}, "tokenizer_config.json is not valid JSON"),
         ({"tokenizer_config": "[" * 100_000}, "tokenizer_config.json is not valid JSON"),
         ({"tokenizer_config": "[]"}, "must be a JSON object"),
         ({"tokenizer_config": '{"eos_token": {"id": 3}}'}, "eos_token must be text"),

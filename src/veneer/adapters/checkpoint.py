@@ -224,6 +224,8 @@ def _json_object(data: bytes, what: str) -> dict[str, Any]:
 
     try:
         value = json.loads(data.decode(), object_pairs_hook=unique, parse_constant=constant)
+        if b"\\u" in data:  # half a surrogate is no text, and no message could carry it
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise AdapterRefused(f"{what} is not valid JSON: {error}.") from error
     if not isinstance(value, dict):

@@ -297,7 +297,10 @@ def read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        found = json.loads(text)
+        if "\\u" in text:  # half a surrogate is no text, and no template or tokenizer takes it
+            json.dumps(found, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"{file.name} is not valid JSON: {error}.") from error
     if not isinstance(found, dict):
