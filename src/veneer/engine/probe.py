@@ -6,9 +6,11 @@ been loaded to the device and served once.
 
 from __future__ import annotations
 
+import math
+
 from veneer.adapters.program import EMBEDDING, Program
 from veneer.engine.messages import Generate, SamplingParams, SequenceOutput, TokenLogprobs, WireError
-from veneer.errors import from_wire
+from veneer.errors import AdapterRefused, from_wire
 
 PROBE_LENGTH = 8  # tokens
 PROBE_TOP = 20  # log probabilities compared
@@ -83,10 +85,18 @@ class EffectProbe:
         return call in self._errors or len(self._results[call]) == 2
 
     def take(self, call: str) -> float:
-        """The largest change of a log probability among the tokens both rank highest. Raises its error."""
+        """The largest change of a log probability among the tokens both rank highest.
+
+        Raises its error, and `AdapterRefused` when the adapter's log probabilities are no numbers.
+        """
         result, error = self._results.pop(call), self._errors.pop(call, None)
         if error is not None:
             raise from_wire(error.status, error.code, error.message, error.param)
+        if any(map(math.isnan, result["adapter"].top_logprobs)):
+            raise AdapterRefused(
+                "with the adapter a fixed prompt is answered with NaN: its finite values overflow in the base's "
+                "layers; they are too large."
+            )
         base, adapter = (
             dict(zip(result[who].top_ids, result[who].top_logprobs, strict=True))
             for who in ("base", "adapter")
