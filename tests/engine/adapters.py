@@ -6,8 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
+
+
+def digest_of(name: str) -> str:
+    """What stands for the digest of the adapter of that name."""
+    return f"{sum(map(ord, name)):064x}"
 
 
 def load(folder: Path) -> Any:
@@ -22,7 +27,7 @@ def save_random(
     *,
     seed: int,
     strength: float = 0.2,
-    save_embedding_layers: bool = False,
+    save_embedding_layers: bool | str = False,
 ) -> None:
     """Let PEFT make an adapter of a loaded base, add normal numbers times `strength` to it, and save it."""
     torch.manual_seed(seed)
@@ -66,3 +71,37 @@ def assert_same(driver: Any, ids: list[str], other: Any, other_ids: list[str], a
     assert driver.run(*ids) == other.run(*other_ids)
     for ours, theirs in zip(ids, other_ids, strict=True):
         torch.testing.assert_close(told(driver, ours), told(other, theirs), rtol=0, atol=atol)
+
+
+class Peft:
+    """Teacher-forced log probabilities by PEFT, for a base and the adapters of a store under `digest_of` a name."""
+
+    def __init__(self, base: Path, store: Path) -> None:
+        self.base, self.store = base, store
+        self.models: dict[str | None, Any] = {None: load(base)}
+
+    def logprobs(self, name: str | None, prompt: list[int], output: list[int]) -> torch.Tensor:
+        """Of what follows each token of prompt and output, [tokens, vocabulary]; without an adapter for None."""
+        if name not in self.models:
+            folder = self.store / "blobs" / digest_of(name or "")
+            self.models[name] = PeftModel.from_pretrained(load(self.base), folder).eval()
+        fields = self.inputs(name, prompt, output)
+        with torch.inference_mode():
+            logits = self.models[name](input_ids=torch.tensor([prompt + output]), **fields).logits[0]
+        return torch.log_softmax(logits[-len(prompt + output) :], -1)
+
+    def inputs(self, name: str | None, prompt: list[int], output: list[int]) -> dict[str, Any]:
+        """What the forward pass needs besides the tokens."""
+        return {}
+
+
+def check_against_peft(
+    driver: Any, peft: Peft, asked: list[tuple[list[int], str | None]], **sampling: Any
+) -> None:
+    """All at once; tokens and log probabilities are PEFT's."""
+    ids = [driver.submit(p, name and digest_of(name), logprobs=3, **sampling) for p, name in asked]
+    for identifier, (prompt, name), tokens in zip(ids, asked, driver.run(*ids), strict=True):
+        expected = peft.logprobs(name, prompt, tokens)[len(prompt) - 1 : -1]
+        assert tokens == expected.argmax(-1).tolist(), (prompt, name)
+        top = told(driver, identifier)[:, 1:]
+        assert (top - expected.topk(3).values).abs().max() < 1e-4, (prompt, name)

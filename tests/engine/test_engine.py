@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from tests.engine.adapters import save_lora
 from transformers import AutoModelForCausalLM
 
 from veneer.engine.messages import (
-    AdapterChecked,
     CheckAdapter,
     Done,
     DropAdapter,
@@ -37,15 +37,9 @@ def adapters(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPat
     """A store's blobs: one random LoRA adapter of each rank for the tiny Llama, saved by PEFT."""
     root = tmp_path_factory.mktemp("adapters")
     for rank in RANKS:
-        torch.manual_seed(rank)
-        base: Any = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32)
         targets: Any = "all-linear" if rank != 7 else ["q_proj", "down_proj", "lm_head"]
-        config = LoraConfig(r=rank, lora_alpha=16, target_modules=targets, lora_bias=rank == 4)
-        adapted = get_peft_model(base, config)
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.data.normal_(0, 0.1)
-        adapted.save_pretrained(root / "blobs" / digest_of(rank), save_embedding_layers=False)
+        folder = root / "blobs" / digest_of(rank)
+        save_lora(folder, tiny_model("llama"), rank, target_modules=targets, lora_bias=rank == 4)
     return root
 
 
@@ -188,23 +182,12 @@ def test_seeded_sampling_ignores_the_batch_and_preemption(
     assert narrow.engine.scheduler.preemptions > 0
 
 
-def call(driver: Any, request: Any) -> Any:
-    """Send a request that is answered by one reply and step until it is."""
-    replies = driver.engine.handle(request)
-    for _ in range(1000):
-        for reply in replies:
-            if isinstance(reply, AdapterChecked | Done):
-                return reply
-        replies = driver.step()
-    raise AssertionError("no answer")
-
-
 def test_adapter_calls(
     tiny_model: Callable[[str], Path], store: Path, tmp_path: Path, make_engine: Callable[..., Any]
 ) -> None:
     driver = make_engine(tiny_model("llama"), store=str(store), max_loras=2)
     staged = store / "blobs" / digest_of(4)
-    reply = call(driver, CheckAdapter("c1", str(staged), digest_of(4)))
+    reply = driver.call(CheckAdapter("c1", str(staged), digest_of(4)))
     assert reply.error is None
     assert (reply.info.kind, reply.info.rank) == ("lora", 4)
     assert reply.info.primitives == ["low_rank", "bias"]
@@ -212,14 +195,14 @@ def test_adapter_calls(
     assert reply.info.effect > 1e-3
     assert reply.info.warnings == []
 
-    assert call(driver, PinAdapter("p1", digest_of(4), True)).error is None
-    refused = call(driver, PinAdapter("p2", digest_of(7), True))
+    assert driver.call(PinAdapter("p1", digest_of(4), True)).error is None
+    refused = driver.call(PinAdapter("p2", digest_of(7), True))
     assert refused.error.status == 409
 
     broken = Path(shutil.copytree(staged, tmp_path / "broken"))
     weights = (broken / "adapter_model.safetensors").read_bytes()
     (broken / "adapter_model.safetensors").write_bytes(weights[:-10])
-    refused = call(driver, CheckAdapter("c2", str(broken), "e" * 64))
+    refused = driver.call(CheckAdapter("c2", str(broken), "e" * 64))
     assert refused.error.status == 400
     assert "adapter_model.safetensors" in refused.error.message
 
@@ -244,11 +227,11 @@ def test_an_adapter_that_changes_nothing_is_refused_unless_allowed(
     get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "zero")
     driver = make_engine(tiny_model("llama"))
     (Path(driver.engine.config.store) / "blobs").mkdir(parents=True)
-    refused = call(driver, CheckAdapter("c", str(tmp_path / "zero"), "a" * 64))
+    refused = driver.call(CheckAdapter("c", str(tmp_path / "zero"), "a" * 64))
     assert refused.error.status == 400
     assert "changes nothing" in refused.error.message
     assert "allow_ineffective" in refused.error.message
-    reply = call(driver, CheckAdapter("d", str(tmp_path / "zero"), "a" * 64, allow_ineffective=True))
+    reply = driver.call(CheckAdapter("d", str(tmp_path / "zero"), "a" * 64, allow_ineffective=True))
     assert any("changes nothing" in warning for warning in reply.info.warnings)
     assert reply.info.effect < 1e-4
 

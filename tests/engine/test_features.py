@@ -16,10 +16,10 @@ from peft import (
     LoraConfig,
     PeftModel,
     create_arrow_model,
-    get_peft_model,
 )
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from tests.engine.adapters import load, save_random, told
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from veneer.adapters.methods.arrow import pack, prototype
 from veneer.adapters.names import CONFIG_FILE, WEIGHTS_FILE
@@ -29,10 +29,6 @@ from veneer.server.cli import main
 
 PROMPT = [5, 9, 33, 2, 91, 40, 7, 12]
 DIGEST = f"{1:064x}"
-
-
-def load(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def biased_llama(folder: Path) -> Path:
@@ -58,12 +54,8 @@ def biased_llama(folder: Path) -> Path:
 
 
 def save_prompt(base: Path, folder: Path, **fields: Any) -> Path:
-    torch.manual_seed(1)
-    model: Any = get_peft_model(load(base), AdaptionPromptConfig(**fields, task_type="CAUSAL_LM"))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.8 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
+    config = AdaptionPromptConfig(**fields, task_type="CAUSAL_LM")
+    save_random(folder, load(base), config, seed=1, strength=0.8)
     return folder
 
 
@@ -94,8 +86,9 @@ def test_a_llama_adapter_gives_pefts_log_probabilities(
         plain = load(base)(torch.tensor([PROMPT + tokens])).logits[0, len(PROMPT) - 1 : -1]
     assert (logits - plain).abs().max() > 1e-2 * plain.abs().max(), "the adapter must matter"
     expected = torch.log_softmax(logits, -1).topk(5).values
-    answers = torch.tensor([item.logprobs[0].top_logprobs for item in driver.outputs[found]])
-    torch.testing.assert_close(answers, expected, rtol=0, atol=1e-5 * float(logits.abs().max()))
+    torch.testing.assert_close(
+        told(driver, found)[:, 1:], expected, rtol=0, atol=1e-5 * float(logits.abs().max())
+    )
 
 
 def test_llama_adapters_that_do_not_fit_are_refused(
@@ -141,13 +134,8 @@ def router(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp("router")
     paths = [folder / "experts" / str(index) for index in range(4)]
     for index, path in enumerate(paths):
-        torch.manual_seed(index)
         config = LoraConfig(r=4, lora_alpha=4 + index, target_modules=["q_proj", "down_proj"])
-        model: Any = get_peft_model(load(tiny_model("llama")), config)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.3 * torch.randn_like(parameter)
-        model.save_pretrained(path)
+        save_random(path, load(tiny_model("llama")), config, seed=index, strength=0.3)
     arrow = ArrowConfig(top_k=2, use_gks=True, rng_seed=7)
     *tasks, general = map(str, paths)
     create_arrow_model(load(tiny_model("llama")), tasks, arrow, [general]).save_pretrained(folder / "saved")
@@ -180,8 +168,9 @@ def test_the_command_packs_a_router_that_gives_pefts_log_probabilities(
     with torch.inference_mode():
         logits = model(torch.tensor([PROMPT + tokens])).logits[0, len(PROMPT) - 1 : -1]
     expected = torch.log_softmax(logits, -1).topk(5).values
-    answers = torch.tensor([item.logprobs[0].top_logprobs for item in driver.outputs[found]])
-    torch.testing.assert_close(answers, expected, rtol=0, atol=1e-5 * float(logits.abs().max()))
+    torch.testing.assert_close(
+        told(driver, found)[:, 1:], expected, rtol=0, atol=1e-5 * float(logits.abs().max())
+    )
 
 
 def test_the_command_says_what_it_needs(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.engine.adapters import save_lora
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
 from veneer.engine.base import Base, load_base
@@ -185,25 +186,13 @@ def test_fused_layer_equals_plain(
         assert (changed > 1e-2).tolist() == [slot >= 0 for slot, _, count in sequences for _ in range(count)]
 
 
-def save_adapter(folder: Path, model: Path, rank: int) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(rank)
-    base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    adapted = get_peft_model(base, LoraConfig(r=rank, target_modules="all-linear", lora_alpha=8))
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.1)
-    adapted.save_pretrained(folder)
-
-
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "phi3"])
 def test_engine_gives_the_same_tokens_fused_and_plain(
     architecture: str, tiny_model: Callable[[str], Path], tmp_path: Path, make_engine: Callable[..., Any]
 ) -> None:
     model, store = tiny_model(architecture), tmp_path / "adapters"
     for rank in (2, 33):
-        save_adapter(store / "blobs" / f"{rank:064x}", model, rank)
+        save_lora(store / "blobs" / f"{rank:064x}", model, rank, lora_alpha=8)
     fields = {"quantization": "nf4", "nf4_kernels": "packed", "prefix_caching": False, "store": str(store)}
     driver = make_engine(model, max_num_batched_tokens=16, **fields)
     base = driver.engine.base

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.engine.adapters import save_lora
 
 from veneer.engine.graphs import buckets_up_to
 
@@ -23,19 +24,6 @@ def test_buckets_cover_every_batch() -> None:
     assert buckets_up_to(64) == [1, 2, 4, 8, 16, 32, 48, 64]
 
 
-def make_adapter(folder: Path, model: Path, rank: int) -> None:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(rank)
-    base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    adapted = get_peft_model(base, LoraConfig(r=rank, target_modules="all-linear", lora_alpha=8))
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.1)
-    adapted.save_pretrained(folder)
-
-
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3"])
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -45,7 +33,7 @@ def test_graphed_equals_eager_equals_alone(
     model = tiny_model(architecture)
     store = tmp_path / "adapters"
     for rank in (2, 16, 33):
-        make_adapter(store / "blobs" / f"{rank:064x}", model, rank)
+        save_lora(store / "blobs" / f"{rank:064x}", model, rank, lora_alpha=8)
     fields: dict[str, Any] = {"store": str(store), "device": "cuda", "max_num_seqs": 20, "page_size": 16}
     eager = make_engine(model, enforce_eager=True, **fields)
     graphed = make_engine(model, **fields)
@@ -108,7 +96,7 @@ def test_packed_and_fused_equals_plain_however_it_runs(
     model = tiny_model(architecture)
     store = tmp_path / "adapters"
     for rank in (2, 16, 33):
-        make_adapter(store / "blobs" / f"{rank:064x}", model, rank)
+        save_lora(store / "blobs" / f"{rank:064x}", model, rank, lora_alpha=8)
     fields: dict[str, Any] = {
         "store": str(store),
         "device": "cuda",
@@ -150,7 +138,7 @@ def test_steps_with_prompts_replay_graphs(
     model = tiny_model(architecture)
     store = tmp_path / "adapters"
     for rank in (2, 16, 33):
-        make_adapter(store / "blobs" / f"{rank:064x}", model, rank)
+        save_lora(store / "blobs" / f"{rank:064x}", model, rank, lora_alpha=8)
     fields: dict[str, Any] = {
         "store": str(store),
         "device": "cuda",
@@ -192,7 +180,7 @@ def test_no_request_waits_for_a_kernel_to_be_compiled(
     model = tiny_model("llama")
     store = tmp_path / "adapters"
     for rank in (2, 16, 33):
-        make_adapter(store / "blobs" / f"{rank:064x}", model, rank)
+        save_lora(store / "blobs" / f"{rank:064x}", model, rank, lora_alpha=8)
     driver = make_engine(
         model,
         store=str(store),

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig
 from peft.tuners.lora.variants import calculate_alora_offsets
-from transformers import AutoModelForCausalLM
+from tests.engine.adapters import Peft, check_against_peft, digest_of, load, save_random
 
 from veneer.engine.graphs import DecodeGraphs, MixedGraphs, StepGraphs, head_segments_of, segments_of
-from veneer.engine.messages import AdapterChecked, CheckAdapter, SamplingParams
+from veneer.engine.messages import CheckAdapter, SamplingParams
 from veneer.engine.scheduler import Scheduled
 from veneer.engine.sequence import Change, Sequence
 from veneer.kernels.low_rank import make_tiles
@@ -29,56 +29,28 @@ TEXT = [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21]
 PAGE = 2 * 3 * 4 * 2 * 16 * 4  # bytes: K and V, layers, tokens, heads, head_dim, float32
 
 
-def digest_of(name: str) -> str:
-    return f"{sum(map(ord, name)):064x}"
-
-
-def load_base(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
 @pytest.fixture(scope="module")
-def stores(
-    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
+def stores(make_stores: Callable[..., Callable[[str], Path]]) -> Callable[[str], Path]:
     """A function: architecture -> a store's folder with one adapter of each config, saved by PEFT."""
-    made: dict[str, Path] = {}
 
-    def make(architecture: str) -> Path:
-        if architecture not in made:
-            made[architecture] = tmp_path_factory.mktemp("store")
-            for name, fields in CONFIGS.items():
-                torch.manual_seed(len(name))
-                config = LoraConfig(r=4, lora_alpha=16, task_type="CAUSAL_LM", **fields)
-                adapted = get_peft_model(load_base(tiny_model(architecture)), config)
-                for key, parameter in adapted.named_parameters():
-                    if "lora_" in key:
-                        parameter.data += 0.05 * torch.randn_like(parameter)
-                adapted.save_pretrained(made[architecture] / "blobs" / digest_of(name))
-        return made[architecture]
+    def write(base: Path, blobs: Path) -> None:
+        for name, fields in CONFIGS.items():
+            config = LoraConfig(r=4, lora_alpha=16, task_type="CAUSAL_LM", **fields)
+            folder, seed = blobs / digest_of(name), len(name)
+            save_random(folder, load(base), config, seed=seed, strength=0.05, save_embedding_layers="auto")
 
-    return make
+    return make_stores(write)
 
 
-class Peft:
-    """Teacher-forced log probabilities by PEFT, invoked where PEFT finds the invocation in the prompt alone."""
+class Invoked(Peft):
+    """Invoked where PEFT finds the invocation in the prompt alone."""
 
-    def __init__(self, base: Path, store: Path) -> None:
-        self.base, self.store = base, store
-        self.models: dict[str | None, Any] = {None: load_base(base)}
-
-    def logprobs(self, name: str | None, prompt: list[int], output: list[int]) -> torch.Tensor:
-        """Of what follows each token of prompt and output, [tokens, vocabulary]."""
-        if name not in self.models:
-            folder = self.store / "blobs" / digest_of(name or "")
-            self.models[name] = PeftModel.from_pretrained(load_base(self.base), folder).eval()
-        model, fields = self.models[name], {}
-        if name in ("short", "long", "head"):
-            (offset,) = calculate_alora_offsets(model.peft_config, "default", torch.tensor([prompt]))
-            fields["alora_offsets"] = [None if offset is None else offset + len(output)]
-        with torch.inference_mode():
-            logits = model(input_ids=torch.tensor([prompt + output]), **fields).logits[0]
-        return torch.log_softmax(logits, -1)
+    def inputs(self, name: str | None, prompt: list[int], output: list[int]) -> dict[str, Any]:
+        if name not in ("short", "long", "head"):
+            return {}
+        configs = self.models[name].peft_config
+        (offset,) = calculate_alora_offsets(configs, "default", torch.tensor([prompt]))
+        return {"alora_offsets": [None if offset is None else offset + len(output)]}
 
 
 def asks() -> list[tuple[list[int], str | None]]:
@@ -96,24 +68,10 @@ def asks() -> list[tuple[list[int], str | None]]:
     return [(prompt, name) for prompt in prompts for name in (None, *CONFIGS)]
 
 
-def check_against_peft(
-    driver: Any, peft: Peft, asked: list[tuple[list[int], str | None]], **sampling: Any
-) -> None:
-    """All at once; tokens and log probabilities are PEFT's."""
-    sampling = {"max_tokens": 8, "logprobs": 3, **sampling}
-    ids = [driver.submit(prompt, name and digest_of(name), **sampling) for prompt, name in asked]
-    for identifier, (prompt, name), tokens in zip(ids, asked, driver.run(*ids), strict=True):
-        expected = peft.logprobs(name, prompt, tokens)[len(prompt) - 1 : -1]
-        found = [item.logprobs[0] for item in driver.outputs[identifier]]
-        assert tokens == expected.argmax(-1).tolist(), (prompt, name)
-        top = torch.tensor([entry.top_logprobs for entry in found])
-        assert (top - expected.topk(3).values).abs().max() < 1e-4, (prompt, name)
-
-
 def test_the_reference_is_what_it_should_be(
     tiny_model: Callable[[str], Path], stores: Callable[[str], Path]
 ) -> None:
-    peft = Peft(tiny_model("llama"), stores("llama"))
+    peft = Invoked(tiny_model("llama"), stores("llama"))
     prompt = [*TEXT, 77, 30]
     base, adapted = peft.logprobs(None, prompt, [1, 2]), peft.logprobs("short", prompt, [1, 2])
     assert torch.equal(base[:11], adapted[:11])
@@ -128,10 +86,10 @@ def test_mixed_batches_are_pefts(
     make_engine: Callable[..., Any],
 ) -> None:
     folder, store = tiny_model(architecture), stores(architecture)
-    peft = Peft(folder, store)
+    peft = Invoked(folder, store)
     driver = make_engine(folder, store=str(store))
-    check_against_peft(driver, peft, asks())
-    check_against_peft(driver, peft, asks())  # with what is cached now
+    check_against_peft(driver, peft, asks(), max_tokens=8)
+    check_against_peft(driver, peft, asks(), max_tokens=8)  # with what is cached now
     assert driver.engine.pool.hit_tokens > 0
 
 
@@ -154,10 +112,10 @@ def test_however_it_runs(
     make_engine: Callable[..., Any],
 ) -> None:
     folder, store = tiny_model("llama"), stores("llama")
-    peft = Peft(folder, store)
+    peft = Invoked(folder, store)
     driver = make_engine(folder, store=str(store), **fields)
-    check_against_peft(driver, peft, asks())
-    check_against_peft(driver, peft, asks()[::-1])
+    check_against_peft(driver, peft, asks(), max_tokens=8)
+    check_against_peft(driver, peft, asks()[::-1], max_tokens=8)
     stats = driver.engine.stats()
     if "kv_cache_memory" in fields:
         assert stats.preemptions > 0
@@ -175,7 +133,8 @@ def test_keys_before_the_invocation_are_the_bases(
         identifier = driver.submit(prompt, digest_of(name), max_tokens=2)
         driver.run(identifier)
         assert driver.outputs[identifier][-1].cached_tokens == (0 if name == "plain" else 8)
-    check_against_peft(driver, Peft(folder, store), [([*TEXT, 77, 30], "short"), ([*TEXT, 77, 30], None)])
+    asked = [([*TEXT, 77, 30], "short"), ([*TEXT, 77, 30], None)]
+    check_against_peft(driver, Invoked(folder, store), asked, max_tokens=8)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
@@ -196,13 +155,7 @@ def test_an_upload_is_probed_with_its_invocation(
 ) -> None:
     driver = make_engine(tiny_model("llama"))
     folder = stores("llama") / "blobs" / digest_of("long")
-    driver.engine.handle(CheckAdapter("c", str(folder), digest_of("long")))
-    answers: list[AdapterChecked] = []
-    for _ in range(1000):
-        answers += [reply for reply in driver.step() if isinstance(reply, AdapterChecked)]
-        if answers:
-            break
-    info = answers[0].info
+    info = driver.call(CheckAdapter("c", str(folder), digest_of("long"))).info
     assert info is not None
     assert info.effect is not None
     assert info.effect > 0.05

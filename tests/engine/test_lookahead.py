@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.engine.adapters import save_lora
 
 from veneer.engine.graphs import LENGTHS, DecodeGraphs, Variant, _Captured, buckets_up_to
 from veneer.engine.messages import Cancel, Done, DropAdapter, SequenceOutput
@@ -23,19 +24,9 @@ PAGE = 2 * 3 * 4 * 2 * 16 * 4  # bytes: K and V, layers, tokens, heads, head_dim
 @pytest.fixture(scope="module")
 def store(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> str:
     """A store's folder with random adapters of the tiny Llama."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
     root = tmp_path_factory.mktemp("store")
     for digest in ADAPTERS:
-        rank = int(digest, 16)
-        torch.manual_seed(rank)
-        base: Any = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32)
-        adapted = get_peft_model(base, LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear"))
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.data.normal_(0, 0.1)
-        adapted.save_pretrained(root / "blobs" / digest)
+        save_lora(root / "blobs" / digest, tiny_model("llama"), int(digest, 16))
     return str(root)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import triton.language  # noqa: F401  before the patch: only our own kernels are to be interpreted
+from tests.engine.adapters import save_lora
 
 from veneer.engine.graphs import MixedGraphs, Variant, _Captured
 from veneer.kernels.attention import PagedBatch, paged_attention_torch, paged_attention_triton
@@ -29,31 +30,14 @@ POISON = 1 << 30  # far out of every range
 
 
 @pytest.fixture(scope="module")
-def stores(
-    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], str]:
+def stores(make_stores: Callable[..., Callable[[str], Path]]) -> Callable[[str], Path]:
     """A function: architecture -> folder of a store with random adapters of the tiny model."""
-    made: dict[str, str] = {}
 
-    def make(architecture: str) -> str:
-        from peft import LoraConfig, get_peft_model
-        from transformers import AutoModelForCausalLM
-
-        if architecture in made:
-            return made[architecture]
-        root = tmp_path_factory.mktemp("store")
+    def write(base: Path, blobs: Path) -> None:
         for digest in ADAPTERS:
-            rank = int(digest, 16)
-            torch.manual_seed(rank)
-            base: Any = AutoModelForCausalLM.from_pretrained(tiny_model(architecture), dtype=torch.float32)
-            adapted = get_peft_model(base, LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear"))
-            for name, parameter in adapted.named_parameters():
-                if "lora_B" in name:
-                    parameter.data.normal_(0, 0.1)
-            adapted.save_pretrained(root / "blobs" / digest)
-        return made.setdefault(architecture, str(root))
+            save_lora(blobs / digest, base, int(digest, 16))
 
-    return make
+    return make_stores(write)
 
 
 Ask = tuple[list[int], str | None, dict[str, Any]]
@@ -220,7 +204,7 @@ def test_every_step_is_the_eager_one(
     fields: dict[str, Any],
     wanted: list[str],
 ) -> None:
-    model, store = tiny_model("llama"), stores("llama")
+    model, store = tiny_model("llama"), str(stores("llama"))
     asked = requests()
     expected = answer(make_engine(model, store=store, lookahead=False), asked, every=1)
     fields = {"kv_cache_memory": 60 * PAGE, "max_num_seqs": 7, **fields}
@@ -238,7 +222,7 @@ def test_the_smallest_bucket_is_taken_and_larger_steps_are_eager(
     tiny_model: Callable[[str], Path], stores: Callable[[str], str], make_engine: Callable[..., Any]
 ) -> None:
     fields = {"max_num_batched_tokens": 800, "prefix_caching": False}
-    driver = make_engine(tiny_model("llama"), store=stores("llama"), **fields)
+    driver = make_engine(tiny_model("llama"), store=str(stores("llama")), **fields)
     replays = replay_on_cpu(driver, max_batch=4)
     assert [replay.bucket for replay in replays] == [128, 256, 512]
     seen = check_each_step(driver)
@@ -283,7 +267,7 @@ def test_decode_steps_keep_their_own_graphs(
             torch.argmax(logits, -1, out=driver.engine.runner._tokens[: len(logits)])
             return logits, last
 
-    driver = make_engine(tiny_model("llama"), store=stores("llama"))
+    driver = make_engine(tiny_model("llama"), store=str(stores("llama")))
     replay_on_cpu(driver)
     driver.engine.runner.graphs = decode = Decode()
     driver.generate([3, 4, 5], ADAPTERS[0], max_tokens=6)
@@ -301,7 +285,7 @@ def test_the_triton_kernels_take_the_bounds_of_a_capture(
 ) -> None:
     """Attention launched for bounds, over the tables of real steps, writes what exact lists would, and no more."""
     fields = {"max_num_batched_tokens": 9, "max_num_seqs": max_batch}
-    driver = make_engine(tiny_model("llama"), store=stores("llama"), **fields)
+    driver = make_engine(tiny_model("llama"), store=str(stores("llama")), **fields)
     replays = replay_on_cpu(driver, max_batch)
     compared = Counter[str]()
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import MultitaskPromptTuningConfig, PeftModel, PolyConfig, get_peft_model
+from peft import MultitaskPromptTuningConfig, PeftModel, PolyConfig
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from tests.engine.adapters import load, save_random
 
 from veneer.adapters.names import WEIGHTS_FILE, adapter_key, split_key
-from veneer.engine.messages import AdapterChecked, CheckAdapter, Done, DropAdapter, PinAdapter
+from veneer.engine.messages import CheckAdapter, Done, DropAdapter, PinAdapter
 
 TASKS = 3
 DIGESTS = {"poly": "a" * 64, "prompt": "b" * 64}
@@ -38,32 +38,14 @@ def store(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with an adapter of each config, whose tasks differ strongly."""
     root = tmp_path_factory.mktemp("store")
     for name, config in CONFIGS.items():
-        torch.manual_seed(len(name))
-        model = get_peft_model(_load(base), config())
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.5 * torch.randn_like(parameter)
-        model.save_pretrained(root / "blobs" / DIGESTS[name])
+        save_random(root / "blobs" / DIGESTS[name], load(base), config(), seed=len(name), strength=0.5)
     return root
-
-
-def _load(base: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True)
-
-
-def check(driver: Any, folder: Path, digest: str) -> AdapterChecked:
-    driver.engine.handle(CheckAdapter("call", str(folder), digest))
-    for _ in range(2000):
-        for reply in driver.step():
-            if isinstance(reply, AdapterChecked):
-                return reply
-    raise AssertionError("the check was not answered")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_each_task_is_pefts(name: str, base: Path, store: Path, make_engine: Callable[..., Any]) -> None:
     driver = make_engine(base, store=str(store))
-    model = PeftModel.from_pretrained(_load(base), store / "blobs" / DIGESTS[name]).eval()
+    model = PeftModel.from_pretrained(load(base), store / "blobs" / DIGESTS[name]).eval()
     keys = [adapter_key(DIGESTS[name], task) for task in range(TASKS)]
     for _ in range(2):  # the second time with what the prefix cache has
         asked = [driver.submit(PROMPT, key, max_tokens=4, logprobs=3) for key in keys]
@@ -84,7 +66,7 @@ def test_a_check_lowers_and_runs_every_task(
     base: Path, store: Path, make_engine: Callable[..., Any], tmp_path: Path
 ) -> None:
     driver = make_engine(base)
-    answer = check(driver, store / "blobs" / DIGESTS["poly"], DIGESTS["poly"])
+    answer = driver.call(CheckAdapter("c", str(store / "blobs" / DIGESTS["poly"]), DIGESTS["poly"]))
     assert answer.info is not None
     assert (answer.info.kind, answer.info.tasks, answer.info.rank) == ("poly", TASKS, 4)
     stats = driver.engine.residency.stats()
@@ -99,7 +81,7 @@ def test_a_check_lowers_and_runs_every_task(
     for factor in ("prefix_task_cols", "prefix_task_rows"):
         tensors[factor][-1] = 1e30
     save_file(tensors, broken / WEIGHTS_FILE)
-    answer = check(driver, broken, "c" * 64)
+    answer = driver.call(CheckAdapter("c", str(broken), "c" * 64))
     assert answer.error is not None
     assert "overflows" in answer.error.message
 
@@ -115,7 +97,7 @@ def test_a_task_that_does_nothing_is_warned_of(
         if key.endswith("module_logits"):
             tensor[1] = -200.0  # sigmoid is 0, so no skill is mixed in
     save_file(tensors, tmp_path / WEIGHTS_FILE)
-    answer = check(make_engine(base), tmp_path, "d" * 64)
+    answer = make_engine(base).call(CheckAdapter("c", str(tmp_path), "d" * 64))
     assert answer.info is not None
     assert [warning[:27] for warning in answer.info.warnings] == ["task 1: the adapter changes"]
     assert answer.info.effect
@@ -123,7 +105,7 @@ def test_a_task_that_does_nothing_is_warned_of(
         if key.endswith("module_logits"):
             tensor[:] = -200.0
     save_file(tensors, tmp_path / WEIGHTS_FILE)
-    answer = check(make_engine(base), tmp_path, "d" * 64)
+    answer = make_engine(base).call(CheckAdapter("c", str(tmp_path), "d" * 64))
     assert answer.error is not None
     assert "changes nothing" in answer.error.message
 

@@ -13,16 +13,14 @@ from peft import (
     CPTConfig,
     LoraConfig,
     MultitaskPromptTuningConfig,
-    PeftModel,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
-    get_peft_model,
 )
-from transformers import AutoModelForCausalLM
+from tests.engine.adapters import Peft, check_against_peft, digest_of, load, save_random
 
 from veneer.engine.graphs import Variant
-from veneer.engine.messages import AdapterChecked, CheckAdapter, DropAdapter
+from veneer.engine.messages import CheckAdapter, DropAdapter
 
 TASK: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 CONFIGS: dict[str, Callable[[], Any]] = {
@@ -43,70 +41,26 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 VIRTUAL = {"prefix": 6, "long prefix": 29, "cartridge": 8, "prompt": 7, "long prompt": 33}
 
 
-def digest_of(name: str) -> str:
-    return f"{sum(map(ord, name)):064x}"
-
-
-def load_base(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
 @pytest.fixture(scope="module")
-def stores(
-    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
+def stores(make_stores: Callable[..., Callable[[str], Path]]) -> Callable[[str], Path]:
     """A function: architecture -> a store's folder with one adapter of each config, saved by PEFT."""
-    made: dict[str, Path] = {}
 
-    def make(architecture: str) -> Path:
-        if architecture not in made:
-            made[architecture] = tmp_path_factory.mktemp("store")
-            for name, config in CONFIGS.items():
-                torch.manual_seed(len(name))
-                adapted = get_peft_model(load_base(tiny_model(architecture)), config())
-                for parameter in adapted.parameters():
-                    if parameter.requires_grad:
-                        strength = 0.05 if name == "LoRA" else 0.3
-                        parameter.data += strength * torch.randn_like(parameter)
-                adapted.save_pretrained(made[architecture] / "blobs" / digest_of(name))
-        return made[architecture]
+    def write(base: Path, blobs: Path) -> None:
+        for name, config in CONFIGS.items():
+            strength = 0.05 if name == "LoRA" else 0.3
+            save_random(blobs / digest_of(name), load(base), config(), seed=len(name), strength=strength)
 
-    return make
+    return make_stores(write)
 
 
-class Peft:
-    """Teacher-forced log probabilities by PEFT."""
-
-    def __init__(self, base: Path, store: Path) -> None:
-        self.base, self.store = base, store
-        self.models: dict[str | None, Any] = {None: load_base(base)}
-
-    def logprobs(self, name: str | None, ids: list[int]) -> torch.Tensor:
-        if name not in self.models:
-            folder = self.store / "blobs" / digest_of(name or "")
-            self.models[name] = PeftModel.from_pretrained(load_base(self.base), folder).eval()
-        tasks = {"task_ids": torch.tensor([0])} if name == "multitask" else {}
-        with torch.inference_mode():
-            logits = self.models[name](input_ids=torch.tensor([ids]), **tasks).logits[0]
-        return torch.log_softmax(logits[-len(ids) :], -1)
+class Tasks(Peft):
+    def inputs(self, name: str | None, prompt: list[int], output: list[int]) -> dict[str, Any]:
+        return {"task_ids": torch.tensor([0])} if name == "multitask" else {}
 
 
 def asks() -> list[tuple[list[int], str | None]]:
     names = [None, *CONFIGS, *CONFIGS]
     return [([3 + i, 9, 27, 81, 5, 3 + i % 2] + [40 + i] * (i % 7), name) for i, name in enumerate(names)]
-
-
-def check_against_peft(
-    driver: Any, peft: Peft, asked: list[tuple[list[int], str | None]], **sampling: Any
-) -> None:
-    """All at once; tokens and log probabilities are PEFT's."""
-    ids = [driver.submit(p, name and digest_of(name), logprobs=3, **sampling) for p, name in asked]
-    for identifier, (prompt, name), tokens in zip(ids, asked, driver.run(*ids), strict=True):
-        expected = peft.logprobs(name, prompt + tokens)[len(prompt) - 1 : -1]
-        found = [item.logprobs[0] for item in driver.outputs[identifier]]
-        assert tokens == expected.argmax(-1).tolist(), name
-        top = torch.tensor([entry.top_logprobs for entry in found])
-        assert (top - expected.topk(3).values).abs().max() < 1e-4, name
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3", "gemma3", "phi3"])
@@ -117,11 +71,11 @@ def test_every_kind_in_one_batch_is_pefts(
     make_engine: Callable[..., Any],
 ) -> None:
     folder, store = tiny_model(architecture), stores(architecture)
-    peft = Peft(folder, store)
+    peft = Tasks(folder, store)
     prompt = [5, 6, 7, 8]
-    plain = peft.logprobs(None, prompt)
+    plain = peft.logprobs(None, prompt, [])
     for name in CONFIGS:
-        assert (peft.logprobs(name, prompt) - plain).abs().max() > 0.05, f"{name} must matter"
+        assert (peft.logprobs(name, prompt, []) - plain).abs().max() > 0.05, f"{name} must matter"
     driver = make_engine(folder, store=str(store))
     check_against_peft(driver, peft, asks())
     check_against_peft(driver, peft, asks())  # with what is cached now
@@ -150,7 +104,7 @@ def test_however_it_runs(
     make_engine: Callable[..., Any],
 ) -> None:
     folder, store = tiny_model("llama"), stores("llama")
-    peft = Peft(folder, store)
+    peft = Tasks(folder, store)
     driver = make_engine(folder, store=str(store), **fields)
     check_against_peft(driver, peft, asks())
     check_against_peft(driver, peft, asks()[::-1])
@@ -216,10 +170,10 @@ def test_penalties_do_not_see_virtual_tokens(
 ) -> None:
     folder, store = tiny_model("llama"), stores("llama")
     driver = make_engine(folder, store=str(store))
-    peft = Peft(folder, store)
+    peft = Tasks(folder, store)
     prompt = [9, 8, 7]
     tokens = driver.generate(prompt, digest_of("prefix"), repetition_penalty=3.0, max_tokens=8)
-    peft.logprobs("prefix", prompt)
+    peft.logprobs("prefix", prompt, [])
     for at in range(8):
         with torch.no_grad():
             scores = (
@@ -270,7 +224,7 @@ def test_an_upload_is_probed_and_described_and_a_drop_forgets(
     driver = make_engine(tiny_model("llama"), max_model_len=64)
     for call, name in enumerate(VIRTUAL):
         folder = store / "blobs" / digest_of(name)
-        info = check(driver, CheckAdapter(f"c{call}", str(folder), digest_of(name))).info
+        info = driver.call(CheckAdapter(f"c{call}", str(folder), digest_of(name))).info
         assert (info.virtual_tokens, info.sites, info.rank) == (VIRTUAL[name], 0, 0)
         assert info.primitives == ["embedding_prefix" if "prompt" in name else "kv_prefix"]
         kv = 2 * 3 * 2 * 16 * VIRTUAL[name]
@@ -286,18 +240,9 @@ def test_an_upload_that_leaves_no_room_for_a_prompt_is_refused(
 ) -> None:
     driver = make_engine(tiny_model("llama"), max_model_len=32)
     folder = stores("llama") / "blobs" / digest_of("long prompt")
-    error = check(driver, CheckAdapter("c", str(folder), digest_of("long prompt"))).error
+    error = driver.call(CheckAdapter("c", str(folder), digest_of("long prompt"))).error
     assert error.status == 400
     assert "33 of them the adapter's virtual ones, and the context holds 32" in error.message
-
-
-def check(driver: Any, request: CheckAdapter) -> Any:
-    driver.engine.handle(request)
-    for _ in range(1000):
-        for reply in driver.step():
-            if isinstance(reply, AdapterChecked):
-                return reply
-    raise AssertionError("no answer")
 
 
 @pytest.mark.gpu
