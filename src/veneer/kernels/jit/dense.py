@@ -17,6 +17,44 @@ def load_offset(entries, slot, slot_stride, site, COLUMN: tl.constexpr):
     return tl.load(entry + COLUMN, mask=slot >= 0, other=-1)
 
 
+@triton.jit
+def multiply_rows(
+    weight,
+    x,
+    row,
+    live,
+    inside,
+    features,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """[BLOCK_N, BLOCK_M] in float32: the products of rows of a matrix, at `weight` [BLOCK_N, 1], and rows of x.
+
+    Both have `features` columns; matrix rows that are not `inside`, and rows of x that are not `live`, are 0.
+    """
+    total = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
+    for start in tl.range(0, features, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        w = tl.load(weight + k[None, :], mask=inside[:, None] & (k < features)[None, :], other=0.0)
+        part = tl.load(
+            x + row[None, :] * features + k[:, None],
+            mask=live[None, :] & (k < features)[:, None],
+            other=0.0,
+        )
+        total = tl.dot(w, part, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def add_block(y, total, row, live, n, inside, y_stride):
+    """y[row, n] += total, [columns, rows] in float32, where `live` and `inside`; rounded once."""
+    place = y + row[None, :] * y_stride + n[:, None]
+    mask = live[None, :] & inside[:, None]
+    before = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(place, (before + total).to(y.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["site", "capacity"], do_not_specialize_on_alignment=["tiles", "used"])
 def add_dense(
     x,  # [rows, in_features]
@@ -51,17 +89,5 @@ def add_dense(
             n = item % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
             inside = n < out_features
             weight = arena + tl.multiple_of(offset, 16) + n.to(tl.int64)[:, None] * in_features
-            total = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
-            for start in tl.range(0, in_features, BLOCK_K):
-                k = start + tl.arange(0, BLOCK_K)
-                w = tl.load(weight + k[None, :], mask=inside[:, None] & (k < in_features)[None, :], other=0.0)
-                part = tl.load(
-                    x + row[None, :] * in_features + k[:, None],
-                    mask=live[None, :] & (k < in_features)[:, None],
-                    other=0.0,
-                )
-                total = tl.dot(w, part, total, input_precision="ieee")
-            place = y + row[None, :] * y_stride + n[:, None]
-            mask = live[None, :] & inside[:, None]
-            before = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-            tl.store(place, (before + total).to(y.dtype.element_ty), mask=mask)
+            total = multiply_rows(weight, x, row, live, inside, in_features, BLOCK_M, BLOCK_N, BLOCK_K)
+            add_block(y, total, row, live, n, inside, y_stride)

@@ -5,7 +5,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.language.standard import _elementwise_max, _sum_combine
 
-from veneer.kernels.jit.dense import load_offset
+from veneer.kernels.jit.dense import add_block, load_offset
 from veneer.kernels.jit.low_rank import load_tile
 from veneer.kernels.tables import ALIGNED, SPARSE_OFFSET
 
@@ -71,7 +71,4 @@ def add_sparse(
                     other=0.0,
                 )
                 total += tl.reduce(value[:, :, None] * part.to(tl.float32), 1, _sum_combine)
-            place = y + row[None, :] * y_stride + n[:, None]
-            mask = live[None, :] & inside[:, None]
-            before = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-            tl.store(place, (before + total).to(y.dtype.element_ty), mask=mask)
+            add_block(y, total, row, live, n, inside, y_stride)

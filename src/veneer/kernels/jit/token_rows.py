@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from veneer.kernels.jit.dense import load_offset
+from veneer.kernels.jit.dense import load_offset, multiply_rows
 from veneer.kernels.jit.low_rank import ENTRY, load_a, load_tile
 from veneer.kernels.jit.sparse import int_elements
 from veneer.kernels.tables import B_OFFSET, TOKENS, TOKENS_OFFSET
@@ -144,16 +144,7 @@ def token_logits(
             n = block * BLOCK_N + tl.arange(0, BLOCK_N)
             there = n < count
             weights = arena + values + n.to(tl.int64)[:, None] * hidden
-            total = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
-            for start in range(0, hidden, BLOCK_K):
-                k = start + tl.arange(0, BLOCK_K)
-                w = tl.load(weights + k[None, :], mask=there[:, None] & (k < hidden)[None, :], other=0.0)
-                part = tl.load(
-                    x + row[None, :] * hidden + k[:, None],
-                    mask=live[None, :] & (k < hidden)[:, None],
-                    other=0.0,
-                )
-                total = tl.dot(w, part, total, input_precision="ieee")
+            total = multiply_rows(weights, x, row, live, there, hidden, BLOCK_M, BLOCK_N, BLOCK_K)
             token = tl.load(ints + known + n, mask=there, other=0)
             logits = total.to(y.dtype.element_ty)
             mask = there[:, None] & live[None, :]
