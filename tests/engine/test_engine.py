@@ -242,7 +242,12 @@ def test_chores_wait_until_there_was_nothing_to_do_for_a_while(
     engine = make_engine(tiny_model("llama")).engine
     now, done = 1000.0, list[str]()
     monkeypatch.setattr("veneer.engine.engine.time.monotonic", lambda: now)
-    engine.runner.chores += [lambda: done.append("first"), lambda: done.append("second")]
+
+    def fail() -> None:
+        done.append("second")
+        raise RuntimeError("out of memory")  # is logged, and nothing else
+
+    engine.runner.chores += [lambda: done.append("first"), fail]
     engine.handle(Generate(id="r", prompt=[5], sampling=SamplingParams(max_tokens=2, temperature=0.0)))
     for passed, more, expected in (
         (10.0, True, []),  # it runs

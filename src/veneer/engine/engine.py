@@ -193,7 +193,7 @@ class Engine:
         visible = [item for item in items if not self._probe.owns(item.id)]
         if visible:
             replies.append(messages.Outputs(visible))
-        if current is not None or self.has_work or replies:
+        if current is not None or self.has_work or replies or self._checks:
             self._busy_at = time.monotonic()
         elif time.monotonic() - self._busy_at > CHORE_PATIENCE:
             return replies, self.runner.do_chore()

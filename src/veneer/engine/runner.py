@@ -165,9 +165,16 @@ class Runner:
         )
 
     def do_chore(self) -> bool:
-        """Do one of `chores`, if there is one. No step may be under way."""
+        """Do one of `chores`, if there is one; returns whether there are more. No step may be under way.
+
+        One that fails, for want of memory say, is logged: what it prepares runs eagerly, which is counted.
+        """
         if self.chores:
-            self.chores.popleft()()
+            chore = self.chores.popleft()
+            try:
+                chore()
+            except RuntimeError:
+                logger.exception("%s failed; such steps run without it", chore)
         return bool(self.chores)
 
     @torch.inference_mode()
