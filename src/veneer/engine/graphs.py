@@ -334,7 +334,7 @@ class StepGraphs(ABC):
                 self._forward(bucket)
         torch.cuda.current_stream(self._base.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # The loader's thread may allocate and wait meanwhile; by default that would break the capture, and the load.
+        # The loader's thread may allocate and wait meanwhile: by default that would break the capture and the load.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             logits, ids = self._forward(bucket)
         return _Captured(graph, logits, ids)
