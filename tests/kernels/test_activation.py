@@ -15,16 +15,15 @@ from typing import Any
 import pytest
 import torch
 import triton.language  # before the patch: only our own kernels are to be interpreted
+from tests.kernels.rows import segments_of, tiles_of
 
 from veneer.kernels.activation import activate, activate_torch, activate_triton
 from veneer.kernels.low_rank import (
     DECODE_TILE,
     Workspace,
-    fill_tiles,
     low_rank,
     low_rank_torch,
     low_rank_triton,
-    tile_capacity,
     view_tiles,
 )
 from veneer.kernels.tables import (
@@ -41,7 +40,6 @@ from veneer.kernels.tables import (
     RANK,
     AdapterTables,
     RowTiles,
-    Segment,
     absent_entries,
     find_hidden,
 )
@@ -225,25 +223,18 @@ class Setup:
         arena = torch.cat([*pieces, torch.full((3,), math.nan)]).to(device, dtype)
         hidden = {slot: find_hidden(each, 4) for slot, each in enumerate(entries)}
         self.tables = AdapterTables(arena, entries.to(device), entries, hidden=hidden)
-        self.segments: list[Segment] = []
-        start = 0
-        for slot, rows in case.counts:
-            self.segments.append(Segment(slot, start, start + rows))
-            start += rows
-        self.rows = start
-        self.x = torch.randn(start, case.inputs, generator=random).to(device, dtype)
-        self.y = torch.randn(start, self.outputs, generator=random).to(device, dtype)
+        self.segments = segments_of(case.counts)
+        self.rows = sum(rows for _, rows in case.counts)
+        self.x = torch.randn(self.rows, case.inputs, generator=random).to(device, dtype)
+        self.y = torch.randn(self.rows, self.outputs, generator=random).to(device, dtype)
         bound = max(*(phi.ranks for phi in case.phis), 1)
-        self.workspace = Workspace(self.tables, max(start, 1), bound)
+        self.workspace = Workspace(self.tables, max(self.rows, 1), bound)
         for poisoned in (self.workspace.planes, self.workspace.plane):
             poisoned.fill_(math.nan)  # what a kernel has not written must not pass
 
     def tiles(self) -> RowTiles:
-        capacity = tile_capacity(self.rows, len(self.case.phis), self.case.tile_rows) + 3
-        block = torch.full((1 + capacity, 3), 12345, dtype=torch.int32)  # past the used ones anything
-        fill_tiles(block.numpy(), self.segments, self.case.tile_rows)
-        block = block.to(self.x.device)
-        return view_tiles(block, self.segments, True, self.case.tile_rows, hidden=True)
+        slots = len(self.case.phis)
+        return tiles_of(self.segments, slots, self.case.tile_rows, self.x.device, hidden=True)
 
     def expected_h(self, site: int) -> dict[int, torch.Tensor]:
         """phi(A x + d) of each row with an adapter."""

@@ -14,9 +14,10 @@ import pytest
 import torch
 import triton
 import triton.language  # before the patch: only our own kernels are to be interpreted
+from tests.kernels.rows import segments_of, tiles_of
 
 from veneer.kernels.dense import add_dense, add_dense_torch, add_dense_triton
-from veneer.kernels.low_rank import DECODE_TILE, fill_tiles, make_tiles, tile_capacity, view_tiles
+from veneer.kernels.low_rank import DECODE_TILE, make_tiles
 from veneer.kernels.sparse import add_sparse, add_sparse_torch, add_sparse_triton, sparse_size
 from veneer.kernels.tables import (
     ALIGNED,
@@ -87,19 +88,14 @@ class Setup:
                 size += write_sparse(arena, size, weight) if sparse else write_dense(arena, size, weight)
                 size = -(-(size + 3) // ALIGNED) * ALIGNED
         self.tables = AdapterTables(arena.to(device), entries.to(device), entries)
-        self.segments: list[Segment] = []
-        start = 0
-        for slot, rows in case.counts:
-            self.segments.append(Segment(slot, start, start + rows))
-            start += rows
-        self.x = torch.randn(start, case.inputs, generator=random).to(device, dtype)
-        self.wide = torch.randn(start, case.outputs + 5, generator=random).to(device, dtype)
+        self.segments = segments_of(case.counts)
+        rows = sum(count for _, count in case.counts)
+        self.x = torch.randn(rows, case.inputs, generator=random).to(device, dtype)
+        self.wide = torch.randn(rows, case.outputs + 5, generator=random).to(device, dtype)
 
     def tiles(self) -> RowTiles:
-        capacity = tile_capacity(len(self.x), len(self.case.shares), self.case.tile_rows) + 3
-        block = torch.full((1 + capacity, 3), 12345, dtype=torch.int32)  # past the used ones anything
-        fill_tiles(block.numpy(), self.segments, self.case.tile_rows)
-        return view_tiles(block.to(self.x.device), self.segments, True, self.case.tile_rows, deltas=True)
+        slots = len(self.case.shares)
+        return tiles_of(self.segments, slots, self.case.tile_rows, self.x.device, deltas=True)
 
 
 def write_dense(arena: torch.Tensor, at: int, weight: torch.Tensor) -> int:

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 import triton.language  # noqa: F401  before the patch: only our own kernels are to be interpreted
+from tests.kernels.rows import segments_of, tiles_of
 
 from veneer.kernels import epilogue, low_rank
 from veneer.kernels.epilogue import plan
-from veneer.kernels.low_rank import DECODE_TILE, PROGRAMS, Workspace, fill_tiles, tile_capacity, view_tiles
+from veneer.kernels.low_rank import DECODE_TILE, PROGRAMS, Workspace, fill_tiles, view_tiles
 from veneer.kernels.tables import (
     ABSENT,
     ALIGNED,
@@ -195,19 +196,12 @@ class Setup:
 
     @property
     def segments(self) -> list[Segment]:
-        found, start = [], 0
-        for slot, rows in self.case.counts:
-            found.append(Segment(slot, start, start + rows))
-            start += rows
-        return found
+        return segments_of(self.case.counts)
 
     def tiles(self) -> RowTiles:
         case = self.case
-        capacity = tile_capacity(case.rows, len(case.ranks), case.tile_rows) + 2
-        block = torch.full((1 + capacity, 3), 12345, dtype=torch.int32)
-        fill_tiles(block.numpy(), self.segments, case.tile_rows)
         adapted = any(slot != BASE for slot, _ in case.counts)
-        return view_tiles(block.to(self.device), self.segments, adapted, case.tile_rows)
+        return tiles_of(self.segments, len(case.ranks), case.tile_rows, self.device, spare=2, adapted=adapted)
 
     def total(self) -> torch.Tensor:
         """OUT(parts + bias) + updates in float64."""

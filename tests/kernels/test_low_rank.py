@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language  # noqa: F401  before the patch: only our own kernels are to be interpreted
+from tests.kernels.rows import segments_of, tiles_of
 
 from veneer.kernels.low_rank import (
     DECODE_TILE,
@@ -24,7 +25,6 @@ from veneer.kernels.low_rank import (
     make_tiles,
     plan,
     tile_capacity,
-    view_tiles,
 )
 from veneer.kernels.tables import (
     ABSENT,
@@ -123,22 +123,16 @@ class Setup:
         arena = torch.cat([*pieces, torch.full((3,), math.nan)]).to(device, dtype)
         self.tables = AdapterTables(arena, entries.to(device), entries)
 
-        self.segments: list[Segment] = []
-        start = 0
-        for slot, rows in case.counts:
-            self.segments.append(Segment(slot, start, start + rows))
-            start += rows
-        self.rows = start
-        self.x = torch.randn(start, sizes[0], generator=random).to(device, dtype)
-        self.y = torch.randn(start, sizes[1], generator=random).to(device, dtype)
-        self.workspace = Workspace(self.tables, max(start, 1), max(*case.ranks, 1))
+        self.segments = segments_of(case.counts)
+        self.rows = sum(rows for _, rows in case.counts)
+        self.x = torch.randn(self.rows, sizes[0], generator=random).to(device, dtype)
+        self.y = torch.randn(self.rows, sizes[1], generator=random).to(device, dtype)
+        self.workspace = Workspace(self.tables, max(self.rows, 1), max(*case.ranks, 1))
         self.workspace.planes.fill_(math.nan)  # what a kernel has not written must not pass
 
     def tiles(self, spare: int = 3) -> RowTiles:
-        capacity = tile_capacity(self.rows, len(self.case.ranks), self.case.tile_rows) + spare
-        block = torch.full((1 + capacity, 3), 12345, dtype=torch.int32)  # past the used ones anything
-        fill_tiles(block.numpy(), self.segments, self.case.tile_rows)
-        return view_tiles(block.to(self.x.device), self.segments, True, self.case.tile_rows)
+        slots = len(self.case.ranks)
+        return tiles_of(self.segments, slots, self.case.tile_rows, self.x.device, spare=spare)
 
     def expected(self) -> torch.Tensor:
         y = self.y.double().cpu()

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import triton.language  # noqa: F401  before the patch: only our own kernels are to be interpreted
+from tests.kernels.rows import segments_of, tiles_of
 
-from veneer.kernels.low_rank import DECODE_TILE, fill_tiles, make_tiles, tile_capacity, view_tiles
+from veneer.kernels.low_rank import DECODE_TILE, make_tiles
 from veneer.kernels.tables import (
     A_OFFSET,
     ALIGNED,
@@ -118,13 +119,10 @@ class Setup:
                 at += int_elements(len(ids), dtype.itemsize)
                 put(rows)
         self.tables = AdapterTables(arena.to(device), entries.to(device), entries)
-        self.segments: list[Segment] = []
-        start = 0
-        for slot, count in case.counts:
-            self.segments.append(Segment(slot, start, start + count))
-            start += count
-        self.x = torch.randn(start, case.hidden, generator=random).to(device, dtype)
-        self.ids = torch.randint(case.vocabulary, (start,), generator=random)
+        self.segments = segments_of(case.counts)
+        count = sum(rows for _, rows in case.counts)
+        self.x = torch.randn(count, case.hidden, generator=random).to(device, dtype)
+        self.ids = torch.randint(case.vocabulary, (count,), generator=random)
         for slot, first, stop in self.segments:  # half of them have rows
             if slot != BASE and (own := case.tokens[slot]):
                 self.ids[first:stop:2] = torch.tensor(own)[
@@ -132,10 +130,8 @@ class Setup:
                 ]
 
     def tiles(self) -> RowTiles:
-        capacity = tile_capacity(len(self.x), len(self.case.ranks), self.case.tile_rows) + 3
-        block = torch.full((1 + capacity, 3), 12345, dtype=torch.int32)  # past the used ones anything
-        fill_tiles(block.numpy(), self.segments, self.case.tile_rows)
-        return view_tiles(block.to(self.x.device), self.segments, True, self.case.tile_rows)
+        slots = len(self.case.ranks)
+        return tiles_of(self.segments, slots, self.case.tile_rows, self.x.device)
 
 
 def check_embedding(run: Any, case: Case, dtype: torch.dtype, device: str, limit: float) -> None:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 import triton.language  # noqa: F401  before the patch: only our own kernels are to be interpreted
+from tests.kernels.rows import segments_of, tiles_of
 
-from veneer.kernels.low_rank import DECODE_TILE, fill_tiles, make_tiles, tile_capacity, view_tiles
+from veneer.kernels.low_rank import DECODE_TILE, make_tiles
 from veneer.kernels.tables import (
     ALIGNED,
     BASE_SLOT,
@@ -110,19 +111,13 @@ class Setup:
             self.matrices[-1] += in_matrix(values.double()) if inputs else out_matrix(values.double(), size)
         arena = torch.cat([*pieces, torch.full((ALIGNED,), math.nan)]).to(device, dtype)
         self.tables = AdapterTables(arena, entries.to(device), entries)
-        self.segments: list[Segment] = []
-        start = 0
-        for slot, rows in case.counts:
-            self.segments.append(Segment(slot, start, start + rows))
-            start += rows
-        self.rows = start
-        self.wide = torch.randn(start, features + 5, generator=random).to(device, dtype)
+        self.segments = segments_of(case.counts)
+        self.rows = sum(rows for _, rows in case.counts)
+        self.wide = torch.randn(self.rows, features + 5, generator=random).to(device, dtype)
 
     def tiles(self) -> RowTiles:
-        capacity = tile_capacity(self.rows, len(self.case.sizes), self.case.tile_rows) + 3
-        block = torch.full((1 + capacity, 3), 12345, dtype=torch.int32)  # past the used ones anything
-        fill_tiles(block.numpy(), self.segments, self.case.tile_rows)
-        return view_tiles(block.to(self.wide.device), self.segments, True, self.case.tile_rows)
+        slots = len(self.case.sizes)
+        return tiles_of(self.segments, slots, self.case.tile_rows, self.wide.device)
 
     def expected(self, rows: torch.Tensor) -> torch.Tensor:
         found = rows.double().cpu()
