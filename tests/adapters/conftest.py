@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,12 +11,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from tests.adapters.files import Files
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from veneer.adapters.methods.base import Limits, Norm
-from veneer.adapters.names import CONFIG_FILE, WEIGHTS_FILE
 from veneer.adapters.program import EMBEDDING, Site
 
 
@@ -74,20 +72,10 @@ def sites_of(model: nn.Module) -> SiteTable:
 
 
 @dataclass(frozen=True)
-class Adapter:
+class Adapter(Files):
     """An adapter that PEFT saved, and the logits that PEFT computes with it for `TOKENS`."""
 
-    folder: Path
     logits: torch.Tensor
-
-    def edit_config(self, **changes: Any) -> None:
-        path = self.folder / CONFIG_FILE
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    def edit_tensors(self, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
-        tensors = load_file(self.folder / WEIGHTS_FILE)
-        edit(tensors)
-        save_file(tensors, self.folder / WEIGHTS_FILE)
 
 
 TOKENS = torch.tensor([[1, 5, 9, 33, 2, 95, 40, 7]])

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from tests.adapters.files import edit_tensors, refusal
 
 from veneer.adapters.checkpoint import Checkpoint
 from veneer.adapters.methods import adapterhub_fusion
@@ -22,7 +23,6 @@ from veneer.adapters.program import Program, Site
 from veneer.adapters.reach import Span
 from veneer.adapters.registry import lower
 from veneer.adapters.repack import repack_fusion
-from veneer.errors import AdapterRefused
 
 RECORDED = Path(__file__).parent / "adapterhub"
 
@@ -82,18 +82,14 @@ class File:
         path.write_text(json.dumps(config))
 
     def edit_tensors(self, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
-        tensors = load_file(self.folder / WEIGHTS_FILE)
-        edit(tensors)
-        save_file(tensors, self.folder / WEIGHTS_FILE)
+        edit_tensors(self.folder, edit)
 
     def lower(self, max_rank: int = 64) -> Program:
         base: Any = RecordedBase()
         return lower(self.folder, base, max_rank)
 
     def refusal(self, max_rank: int = 64) -> str:
-        with pytest.raises(AdapterRefused) as error:
-            self.lower(max_rank)
-        return error.value.message
+        return refusal(self.folder, RecordedBase(), max_rank)
 
 
 @pytest.fixture

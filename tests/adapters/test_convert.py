@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import IA3Config, KasaConfig, LoraConfig, PeftModel, PsoftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tests.adapters.files import edit_config
 
 from veneer.adapters import convert as converter
 from veneer.adapters.convert import Converted, convert
@@ -58,11 +59,6 @@ def train(make_llama: Callable[..., Any], tokens: torch.Tensor, tmp_path: Path) 
             return Trained(tmp_path / "adapter", tmp_path / "weights", peft(tokens).logits)
 
     return make
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    path = folder / CONFIG_FILE
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def served(model: Any, site_table: Callable[..., Any], folder: Path, tokens: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,7 @@ from peft import (
 )
 from peft.tuners.lokr.layer import factorization as peft_factorization
 from safetensors.torch import load_file, save_file
+from tests.adapters.files import edit_tensors, refusal
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -36,7 +37,6 @@ from veneer.adapters.methods.base import Limits
 from veneer.adapters.names import CONFIG_FILE, WEIGHTS_FILE
 from veneer.adapters.program import EMBEDDING, Program, Site, SiteProgram
 from veneer.adapters.registry import lower
-from veneer.errors import AdapterRefused
 from veneer.training.conformance.cases import CONTINUATION, PROMPT, Case, tiny_base
 from veneer.training.conformance.cases_a import CASES
 
@@ -122,18 +122,6 @@ def copied(made: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return copy_case
-
-
-def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(folder / WEIGHTS_FILE)
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS_FILE)
-
-
-def refusal(folder: Path, base: TinyBase, *, max_rank: int = 64) -> str:
-    with pytest.raises(AdapterRefused) as error:
-        lower(folder, base, max_rank)
-    return error.value.message
 
 
 def log_probabilities(tiny: TinyBase, program: Program | None) -> torch.Tensor:
@@ -383,7 +371,7 @@ def test_lokr_needs_the_product_of_the_ranks(made: Callable[[str], Path], tiny: 
 @pytest.mark.parametrize("method", ["HRA", "HRA apply_GS"])
 def test_a_zero_reflection_is_refused(method: str, copied: Callable[..., Path], tiny: TinyBase) -> None:
     folder = copied(method)
-    edit(folder, lambda tensors: tensors[f"{KEY}{Q}.hra_u"][:, 1].zero_())
+    edit_tensors(folder, lambda tensors: tensors[f"{KEY}{Q}.hra_u"][:, 1].zero_())
     assert "no direction" in refusal(folder, tiny)
 
 
@@ -394,7 +382,7 @@ def test_dependent_columns_are_refused_only_where_peft_orthonormalizes(
     for method in ("HRA", "HRA apply_GS"):
         folder = tmp_path / method
         shutil.copytree(made(method), folder)
-        edit(folder, lambda tensors: [each[:, 1].copy_(each[:, 0]) for each in tensors.values()])
+        edit_tensors(folder, lambda tensors: [each[:, 1].copy_(each[:, 0]) for each in tensors.values()])
     assert "linearly independent, column 1 is not" in refusal(tmp_path / "HRA apply_GS", tiny)
     assert_equals_peft(BY_NAME["HRA"], tmp_path / "HRA", tiny, lower(tmp_path / "HRA", tiny, 64))
 
@@ -407,7 +395,7 @@ def test_randlora_without_a_copy_for_each_layer(copied: Callable[..., Path], tin
         for name in [name for name in tensors if re.search(r"proj\.randlora_[AB]$", name)]:
             del tensors[name]
 
-    edit(folder, drop)
+    edit_tensors(folder, drop)
     after = lower(folder, tiny, 64).sites[V]
     assert before.dense is not None
     assert after.dense is not None
@@ -417,7 +405,7 @@ def test_randlora_without_a_copy_for_each_layer(copied: Callable[..., Path], tin
 def test_randlora_bases_must_agree(copied: Callable[..., Path], tiny: TinyBase) -> None:
     folder = copied("RANDLORA")
     key = f"{KEY}{V}.randlora_B"
-    edit(folder, lambda tensors: tensors[key][0].add_(1))
+    edit_tensors(folder, lambda tensors: tensors[key][0].add_(1))
     message = refusal(folder, tiny)
     assert key in message
     assert "in common" in message

@@ -15,16 +15,16 @@ import peft
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from tests.adapters.files import Files, refusal
 from torch import nn
 from transformers.activations import ACT2FN
 
 from veneer.adapters.checkpoint import Checkpoint
 from veneer.adapters.methods import deft, peanut, poly, pvera, tinylora, unilora, vblora, vera
-from veneer.adapters.names import CONFIG_FILE, WEIGHTS_FILE
+from veneer.adapters.names import WEIGHTS_FILE
 from veneer.adapters.program import EMBEDDING, Program, Site, SiteProgram
 from veneer.adapters.registry import lower
-from veneer.errors import AdapterRefused
 
 KEY = "base_model.model."
 Q0, UP1 = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
@@ -110,20 +110,10 @@ class ModelBase:
 
 
 @dataclass(frozen=True)
-class Saved:
+class Saved(Files):
     """An adapter that PEFT saved."""
 
-    folder: Path
     loaded: Any  # what PEFT loads from there
-
-    def edit_config(self, **changes: Any) -> None:
-        path = self.folder / CONFIG_FILE
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    def edit_tensors(self, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-        tensors = load_file(self.folder / WEIGHTS_FILE)
-        edit(tensors)
-        save_file(tensors, self.folder / WEIGHTS_FILE)
 
 
 Make = Callable[..., Saved]
@@ -181,12 +171,6 @@ def apply(model: nn.Module, program: Program) -> None:
 
     for name, site in program.sites.items():
         model.get_submodule(name).register_forward_hook(hook(site))
-
-
-def refusal(saved: Saved, base: Any, *, max_rank: int = 64) -> str:
-    with pytest.raises(AdapterRefused) as error:
-        lower(saved.folder, base, max_rank)
-    return error.value.message
 
 
 @pytest.mark.parametrize(
@@ -304,7 +288,7 @@ def test_refused_fields_are_named(kind: str, make: Make, base: Any) -> None:
             continue  # read before the method's own fields
         value = {"sample_at_inference": True, "bias": "all", "task_type": "SEQ_CLS"}.get(field, [1])
         saved.edit_config(**{field: value})
-        message = refusal(saved, base)
+        message = refusal(saved.folder, base)
         assert f"{field} = {json.dumps(value)}: {refused.reason}" in message
         saved.edit_config(**{field: refused.off[0]})
     lower(saved.folder, base, 64)
@@ -314,7 +298,7 @@ def test_refused_fields_are_named(kind: str, make: Make, base: Any) -> None:
 def test_unknown_fields_are_refused_by_name(kind: str, make: Make, base: Any) -> None:
     saved = make(kind)
     saved.edit_config(use_something_new=False)
-    assert "unknown fields 'use_something_new'" in refusal(saved, base)
+    assert "unknown fields 'use_something_new'" in refusal(saved.folder, base)
 
 
 @pytest.mark.parametrize(
@@ -360,7 +344,7 @@ def test_wrong_values_are_refused_before_a_tensor_is_read(
     saved = make(kind)
     saved.edit_config(**changes)
     monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("a tensor was read"))
-    message = refusal(saved, base)
+    message = refusal(saved.folder, base)
     assert f"{next(iter(changes))} = " in message
     assert rule in message
 
@@ -384,12 +368,12 @@ def test_wrong_tensors_are_refused(kind: str, make: Make, base: Any, monkeypatch
     saved, key = make(kind), ONE_KEY[kind]
     whole = load_file(saved.folder / WEIGHTS_FILE)[key]
     saved.edit_tensors(lambda tensors: tensors[key].flatten()[:1].fill_(float("nan")))
-    assert f"{key!r} holds NaN" in refusal(saved, base)
+    assert f"{key!r} holds NaN" in refusal(saved.folder, base)
     monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("a tensor was read"))
     saved.edit_tensors(lambda tensors: tensors.update({key: torch.zeros(3, *whole.shape)}))
-    assert f"config and the base need {list(whole.shape)}" in refusal(saved, base)
+    assert f"config and the base need {list(whole.shape)}" in refusal(saved.folder, base)
     saved.edit_tensors(lambda tensors: tensors.pop(key))
-    assert f"1 tensor missing: {key!r}" in refusal(saved, base)
+    assert f"1 tensor missing: {key!r}" in refusal(saved.folder, base)
     for extra, reason in {
         f"{KEY}{Q0}.base_layer.weight": "cannot replace the base's own",
         f"{KEY}model.norm.weight": "cannot replace the base's own",
@@ -398,7 +382,7 @@ def test_wrong_tensors_are_refused(kind: str, make: Make, base: Any, monkeypatch
         f"{Q0}.{kind.lower()}_A": "keys begin with 'base_model.'",
     }.items():
         saved.edit_tensors(lambda tensors, extra=extra: tensors.update({extra: torch.zeros(1)}))  # type: ignore[misc]
-        message = refusal(saved, base)
+        message = refusal(saved.folder, base)
         assert extra in message
         assert reason in message
         saved.edit_tensors(lambda tensors, extra=extra: tensors.pop(extra))  # type: ignore[misc]
@@ -407,7 +391,7 @@ def test_wrong_tensors_are_refused(kind: str, make: Make, base: Any, monkeypatch
 def test_a_projection_that_the_config_disowns_is_refused(make: Make, base: Any) -> None:
     saved = make("VERA")
     saved.edit_config(save_projection=False)
-    assert "'base_model.vera_A', 'base_model.vera_B'" in refusal(saved, base)
+    assert "'base_model.vera_A', 'base_model.vera_B'" in refusal(saved.folder, base)
 
 
 @pytest.mark.parametrize("kind", ["VERA", "PEANUT", "DEFT"])
@@ -418,7 +402,7 @@ def test_values_that_overflow_are_refused(kind: str, make: Make, base: Any) -> N
         saved.edit_tensors(lambda tensors: tensors[f"{KEY}{UP1}.vera_lambda_d"].fill_(1e9))
     elif kind == "DEFT":
         saved.edit_config(alpha=1e9)
-    assert f"The change of {UP1} overflows" in refusal(saved, base)
+    assert f"The change of {UP1} overflows" in refusal(saved.folder, base)
 
 
 TOP = f"{KEY}{UP1}.vblora_logits_B_topk_"
@@ -436,14 +420,14 @@ TOP = f"{KEY}{UP1}.vblora_logits_B_topk_"
 def test_wrong_mixtures_are_refused(name: str, value: float, reason: str, make: Make, base: Any) -> None:
     saved = make("VBLORA", save_only_topk_weights=True)
     saved.edit_tensors(lambda tensors: tensors[TOP + name][0, 0].fill_(value))
-    assert reason in refusal(saved, base)
+    assert reason in refusal(saved.folder, base)
 
 
 def test_indices_beyond_theta_are_refused(make: Make, base: Any) -> None:
     saved, key = make("UNILORA", save_indices=True), f"{KEY}{UP1}.unilora_indices_A"
     for value in (300, -1):
         saved.edit_tensors(lambda tensors, value=value: tensors[key][0, 0].fill_(value))  # type: ignore[misc]
-        assert key in refusal(saved, base)
+        assert key in refusal(saved.folder, base)
 
 
 def test_more_entries_than_the_limit_are_refused(
@@ -451,7 +435,7 @@ def test_more_entries_than_the_limit_are_refused(
 ) -> None:
     saved = make("UNILORA")
     monkeypatch.setattr(unilora, "_ENTRIES_LIMIT", 2559)
-    assert "2560 entries, the limit is 2559" in refusal(saved, base)
+    assert "2560 entries, the limit is 2559" in refusal(saved.folder, base)
 
 
 def test_every_activation_of_transformers_is_served(make: Make, base: Any) -> None:

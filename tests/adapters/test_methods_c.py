@@ -15,7 +15,8 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora.config import BdLoraConfig, MontecloraConfig, VeloraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from tests.adapters.files import Files, refusal
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -23,7 +24,7 @@ from veneer.adapters.checkpoint import Checkpoint
 from veneer.adapters.methods import c3a, common, fourierft, glora, hira, shira, supertuning, waveft
 from veneer.adapters.methods.base import Limits
 from veneer.adapters.methods.changes import change, is_product, sparse_change
-from veneer.adapters.names import CONFIG_FILE, WEIGHTS_FILE
+from veneer.adapters.names import WEIGHTS_FILE
 from veneer.adapters.program import EMBEDDING, Program, Site, SiteProgram, SparseMatrix
 from veneer.adapters.registry import lower
 from veneer.errors import AdapterRefused
@@ -136,29 +137,17 @@ BASE: Any = ModelBase(None)  # its limits are all that is asked
 
 
 @dataclass(frozen=True)
-class Saved:
+class Saved(Files):
     """An adapter that PEFT saved."""
 
-    folder: Path
     biased: bool  # whether the base has biases
 
     @property
     def base(self) -> Any:
         return ModelBase(llama(self.biased))
 
-    def edit_config(self, **changes: Any) -> None:
-        path = self.folder / CONFIG_FILE
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    def edit_tensors(self, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-        tensors = load_file(self.folder / WEIGHTS_FILE)
-        edit(tensors)
-        save_file(tensors, self.folder / WEIGHTS_FILE)
-
     def refusal(self, max_rank: int = LIMIT) -> str:
-        with pytest.raises(AdapterRefused) as error:
-            lower(self.folder, self.base, max_rank)
-        return error.value.message
+        return refusal(self.folder, self.base, max_rank)
 
 
 @pytest.fixture

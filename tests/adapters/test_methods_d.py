@@ -14,6 +14,7 @@ import pytest
 import torch
 from peft import BeftConfig, BOFTConfig, IA3Config, LNTuningConfig, LoraConfig, OFTConfig, RoadConfig
 from safetensors.torch import load_file, save_file
+from tests.adapters.files import refusal
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, Phi3Config, Qwen2Config, Qwen3Config
@@ -23,7 +24,6 @@ from veneer.adapters.names import CONFIG_FILE, WEIGHTS_FILE
 from veneer.adapters.program import Program, SiteProgram
 from veneer.adapters.registry import lower
 from veneer.engine.base import Base, load_base
-from veneer.errors import AdapterRefused
 from veneer.training.conformance.cases import CONTINUATION, PROMPT, Case, peft_case, tiny_base
 from veneer.training.conformance.cases_d import ALL_LINEAR, CASES, _strongly
 
@@ -123,18 +123,6 @@ def copied(made: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def llama(served: Callable[[str], Served]) -> Base:
     return served("llama").base
-
-
-def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(folder / WEIGHTS_FILE)
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS_FILE)
-
-
-def refusal(folder: Path, base: Base, *, max_rank: int = 64) -> str:
-    with pytest.raises(AdapterRefused) as error:
-        lower(folder, base, max_rank)
-    return error.value.message
 
 
 def forward(linear: nn.Linear, site: SiteProgram) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,13 @@ import pytest
 import torch
 from peft import LoraConfig, TrainableTokensConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tests.adapters.files import edit_config, refusal
 
 from veneer.adapters.methods import trainable_tokens
 from veneer.adapters.methods.base import Limits
-from veneer.adapters.names import CONFIG_FILE, WEIGHTS_FILE
+from veneer.adapters.names import WEIGHTS_FILE
 from veneer.adapters.program import EMBEDDING, HEAD, Program
 from veneer.adapters.registry import lower
-from veneer.errors import AdapterRefused
 
 KEY = "base_model.model."
 DELTA = "token_adapter.trainable_tokens_delta"
@@ -53,18 +52,6 @@ def trained(**fields: Any) -> TrainableTokensConfig:
 
 def lora(**fields: Any) -> LoraConfig:
     return LoraConfig(**{"r": 4, "target_modules": ["q_proj"]} | fields)
-
-
-def edit(folder: Path, **changes: Any) -> Path:
-    path = folder / CONFIG_FILE
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    return folder
-
-
-def refusal(folder: Path, base: Any) -> str:
-    with pytest.raises(AdapterRefused) as error:
-        lower(folder, base, 64)
-    return error.value.message
 
 
 def rows_at(program: Program, site: str) -> Any:
@@ -155,7 +142,7 @@ def test_lora_of_the_embedding_ties_the_head(make: Make, bases: Any) -> None:
 def test_wrong_configs_are_refused_by_field(
     field: str, value: Any, rule: str, make: Make, bases: Any
 ) -> None:
-    message = refusal(edit(make(trained()), **{field: value}), bases(False))
+    message = refusal(edit_config(make(trained()), **{field: value}), bases(False))
     assert f"adapter_config.json: {field} = " in message
     assert rule in message
 
@@ -196,7 +183,7 @@ def test_every_field_of_peft_is_decided_on() -> None:
 def test_what_does_not_go_together_at_the_embedding_is_refused(
     config: dict[str, Any], field: str, make: Make, bases: Any
 ) -> None:
-    message = refusal(edit(make(lora()), **config), bases(False))
+    message = refusal(edit_config(make(lora()), **config), bases(False))
     assert f"adapter_config.json: {field} = " in message
 
 
@@ -210,17 +197,19 @@ def test_tied_embeddings_must_agree(make: Make, bases: Any) -> None:
     folder = make(lora(trainable_token_indices=apart), tied=True)
     assert set(lower(folder, bases(True), 64).sites) > {EMBEDDING, HEAD}
     assert "must have the same trainable_token_indices" in refusal(
-        edit(folder, ensure_weight_tying=True), bases(True)
+        edit_config(folder, ensure_weight_tying=True), bases(True)
     )
 
 
 def test_files_must_hold_exactly_the_rows(make: Make, bases: Any) -> None:
     folder = make(lora(trainable_token_indices=[7, 2]))
-    message = refusal(edit(folder, trainable_token_indices=[7, 2, 3]), bases(False))
+    message = refusal(edit_config(folder, trainable_token_indices=[7, 2, 3]), bases(False))
     assert f"'{KEY}{EMBEDDING}.{DELTA}' has [2, 64], the config and the base need [3, 64]" in message
-    assert "1 tensor cannot be served" in refusal(edit(folder, trainable_token_indices=None), bases(False))
+    assert "1 tensor cannot be served" in refusal(
+        edit_config(folder, trainable_token_indices=None), bases(False)
+    )
     assert "1 tensor missing" in refusal(
-        edit(folder, trainable_token_indices={"embed_tokens": [7, 2], "lm_head": [1]}), bases(False)
+        edit_config(folder, trainable_token_indices={"embed_tokens": [7, 2], "lm_head": [1]}), bases(False)
     )
 
 
@@ -231,4 +220,4 @@ def test_added_tokens_must_be_the_next_few(ids: list[int], rule: str, make: Make
     base = dataclasses.replace(bases(False), limits=Limits(added_tokens=2))
     if len(ids) == 2:
         base = dataclasses.replace(base, limits=Limits(added_tokens=3))
-    assert rule in refusal(edit(make(trained()), token_indices=ids), base)
+    assert rule in refusal(edit_config(make(trained()), token_indices=ids), base)

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.adapters.files import refusal
 
 from veneer.adapters.checkpoint import Checkpoint
 from veneer.adapters.methods.base import Limits, Norm
 from veneer.adapters.names import CONFIG_FILE, WEIGHTS_FILE
 from veneer.adapters.program import EMBEDDING, HEAD
 from veneer.adapters.registry import lower
-from veneer.errors import AdapterRefused
 
 KEY = "base_model.model."
 OUT = "model.layers.1.self_attn.o_proj"
@@ -46,12 +46,6 @@ def write(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path
 
     return make
-
-
-def refusal(folder: Path, base: Any) -> str:
-    with pytest.raises(AdapterRefused) as error:
-        lower(folder, base, 64)
-    return error.value.message
 
 
 def test_a_linear_layer_is_its_own_weight_without_the_bases_output(write: Any, served: Any) -> None:

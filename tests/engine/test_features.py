@@ -18,6 +18,7 @@ from peft import (
     create_arrow_model,
 )
 from safetensors.torch import load_file, save_file
+from tests.adapters.files import edit_config
 from tests.engine.adapters import load, save_random, told
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -57,11 +58,6 @@ def save_prompt(base: Path, folder: Path, **fields: Any) -> Path:
     config = AdaptionPromptConfig(**fields, task_type="CAUSAL_LM")
     save_random(folder, load(base), config, seed=1, strength=0.8)
     return folder
-
-
-def edit(folder: Path, **changes: Any) -> None:
-    path = folder / CONFIG_FILE
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.mark.parametrize("architecture", ["biased llama", "mistral"])
@@ -113,7 +109,7 @@ def test_llama_adapters_that_do_not_fit_are_refused(
         ({"r": 8}, "unknown fields 'r'"),
     ):
         before = (folder / CONFIG_FILE).read_text()
-        edit(folder, **changes)
+        edit_config(folder, **changes)
         with pytest.raises(AdapterRefused, match=message):
             lower(folder, base, 512)
         (folder / CONFIG_FILE).write_text(before)
@@ -194,7 +190,7 @@ def test_names_of_experts_are_no_paths(router: Path, tmp_path: Path, name: objec
     folder.mkdir()
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         (folder / file).write_bytes((router / "arrow_router" / file).read_bytes())
-    edit(folder, arrow_config={"task_adapter_names": [name], "gks_adapter_names": []})
+    edit_config(folder, arrow_config={"task_adapter_names": [name], "gks_adapter_names": []})
     with pytest.raises(AdapterRefused, match="is no name of a folder that PEFT writes"):
         pack(tmp_path)
 
