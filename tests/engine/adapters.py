@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,27 @@ def assert_same(driver: Any, ids: list[str], other: Any, other_ids: list[str], a
     assert driver.run(*ids) == other.run(*other_ids)
     for ours, theirs in zip(ids, other_ids, strict=True):
         torch.testing.assert_close(told(driver, ours), told(other, theirs), rtol=0, atol=atol)
+
+
+def assert_graphed_as_eager(
+    make: Callable[..., Any], submit_all: Callable[[Any], list[str]], quantization: str, **fields: Any
+) -> Any:
+    """On a GPU each request's first log probabilities are the same with graphs and without.
+
+    `make`: config fields -> a driver. Returns that with graphs.
+    """
+    packed = quantization == "nf4"
+    fields |= {"device": "cuda", "quantization": quantization, "prefix_caching": False, "max_num_seqs": 16}
+    fields |= {"dtype": "bfloat16" if packed else "float32"}
+    answers = []
+    for eager in (True, False):
+        driver = make(enforce_eager=eager, **fields)
+        ids = submit_all(driver)
+        driver.run(*ids)
+        answers.append([told(driver, identifier)[0] for identifier in ids])
+    for eager_row, graphed_row in zip(*answers, strict=True):
+        torch.testing.assert_close(graphed_row, eager_row, rtol=0, atol=0.25 if packed else 1e-3)
+    return driver
 
 
 class Peft:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,15 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig
 from safetensors.torch import save_file
-from tests.engine.adapters import assert_same, likeliest, load, prompt_of, save_random, told
+from tests.engine.adapters import (
+    assert_graphed_as_eager,
+    assert_same,
+    likeliest,
+    load,
+    prompt_of,
+    save_random,
+    told,
+)
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -316,23 +325,11 @@ def test_graphed_equals_eager_on_a_gpu(
     make_engine: Callable[..., Any],
 ) -> None:
     """The captured variant, Triton's activations and, with NF4, layers that are fused in other steps."""
-    fields = {
-        "store": str(store_of("llama")),
-        "max_loras": len(ALL),
-        "device": "cuda",
-        "quantization": quantization,
-        "dtype": "bfloat16" if quantization == "nf4" else "float32",
-        "prefix_caching": False,
-        "max_num_seqs": 16,
-        "cuda_graphs": "all",
-    }
-    atol = 0.25 if quantization == "nf4" else 1e-3
-    answers = []
-    for eager in (True, False):
-        driver = make_engine(tiny_model("llama"), enforce_eager=eager, **fields)
-        ids = [submit(driver, index, kind) for index, kind in enumerate([None, *ALL])]
-        driver.run(*ids)
-        answers.append([told(driver, identifier)[0] for identifier in ids])
-        assert eager or driver.engine.runner.graphs.replays
-    for eager_row, graphed_row in zip(*answers, strict=True):
-        torch.testing.assert_close(graphed_row, eager_row, rtol=0, atol=atol)
+    fields = {"store": str(store_of("llama")), "max_loras": len(ALL)}
+    graphed = assert_graphed_as_eager(
+        partial(make_engine, tiny_model("llama"), **fields),
+        lambda driver: [submit(driver, index, kind) for index, kind in enumerate([None, *ALL])],
+        quantization,
+        cuda_graphs="all",
+    )
+    assert graphed.engine.runner.graphs.replays

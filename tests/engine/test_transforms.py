@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,15 @@ from peft import (
     RoadConfig,
     ShiraConfig,
 )
-from tests.engine.adapters import assert_same, likeliest, load, prompt_of, save_random, told
+from tests.engine.adapters import (
+    assert_graphed_as_eager,
+    assert_same,
+    likeliest,
+    load,
+    prompt_of,
+    save_random,
+    told,
+)
 from transformers import AutoModelForCausalLM
 
 from veneer.engine.graphs import Variant
@@ -281,21 +290,9 @@ def test_graphed_equals_eager_on_a_gpu(
     make_engine: Callable[..., Any],
 ) -> None:
     """Captured variants, Triton's transforms and, with NF4, parts of packed weights."""
-    fields = {
-        "store": str(store_of("llama")),
-        "max_loras": len(KINDS),
-        "device": "cuda",
-        "quantization": quantization,
-        "dtype": "bfloat16" if quantization == "nf4" else "float32",
-        "prefix_caching": False,
-        "max_num_seqs": 16,
-    }
-    atol = 0.25 if quantization == "nf4" else 1e-3
-    answers = []
-    for eager in (True, False):
-        driver = make_engine(tiny_model("llama"), enforce_eager=eager, **fields)
-        ids = [submit(driver, index, kind) for index, kind in enumerate([None, *KINDS] * 2)]
-        driver.run(*ids)
-        answers.append([told(driver, identifier)[0] for identifier in ids])
-    for eager_row, graphed_row in zip(*answers, strict=True):
-        torch.testing.assert_close(graphed_row, eager_row, rtol=0, atol=atol)
+    fields = {"store": str(store_of("llama")), "max_loras": len(KINDS)}
+    assert_graphed_as_eager(
+        partial(make_engine, tiny_model("llama"), **fields),
+        lambda driver: [submit(driver, index, kind) for index, kind in enumerate([None, *KINDS] * 2)],
+        quantization,
+    )
