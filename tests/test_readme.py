@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from tests.conftest import ROOT, LiveServer
 
-from veneer.adapters.methods.lora import Honoured
+from veneer.adapters.methods.lora_config import Honoured
 from veneer.engine.base import PROVEN
 from veneer.server.cli import build_parser
 from veneer.server.wire import ChatRequest

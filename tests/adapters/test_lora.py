@@ -17,7 +17,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from veneer.adapters.checkpoint import Checkpoint
-from veneer.adapters.methods import common, lora
+from veneer.adapters.methods import common, lora_config
 from veneer.adapters.program import Program, SiteProgram
 from veneer.adapters.registry import lower
 from veneer.errors import AdapterRefused
@@ -144,8 +144,8 @@ def test_half_precision_files_are_read_exactly(dtype: torch.dtype, adapter: Any,
 
 
 def test_every_field_of_peft_is_in_exactly_one_set() -> None:
-    honoured, training = lora.Honoured.__struct_fields__, lora.TrainingOnly.__struct_fields__
-    decided = [*honoured, *training, *lora.REFUSED]
+    honoured, training = lora_config.Honoured.__struct_fields__, lora_config.TrainingOnly.__struct_fields__
+    decided = [*honoured, *training, *lora_config.REFUSED]
     assert len(decided) == len(set(decided))
     assert {field.name for field in dataclasses.fields(LoraConfig)} - set(decided) == set()
 
@@ -154,10 +154,10 @@ def test_defaults_are_pefts() -> None:
     """A field that the file leaves out means what it means to PEFT."""
     theirs = json.loads(json.dumps(LoraConfig().to_dict(), default=list)) | {"runtime_config": None}
     theirs["arrow_experts"] = None  # ours: see arrow.py
-    ours = lora.read_config({"peft_type": "LORA"})
-    for name in lora.Honoured.__struct_fields__:
+    ours = lora_config.read_config({"peft_type": "LORA"})
+    for name in lora_config.Honoured.__struct_fields__:
         assert (getattr(ours, name) or None) == (theirs[name] or None), name
-    for name, (off, _) in lora.REFUSED.items():
+    for name, (off, _) in lora_config.REFUSED.items():
         assert theirs.get(name, off[0]) in off, name
 
 
@@ -176,12 +176,12 @@ ON: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("field", lora.REFUSED)
+@pytest.mark.parametrize("field", lora_config.REFUSED)
 def test_refused_fields_are_named(field: str, adapter: Any, base: Any) -> None:
     adapter.edit_config(**{field: ON[field]})
     message = refusal(adapter, base)
     assert f"{field} = {json.dumps(ON[field])}: " in message
-    assert lora.REFUSED[field].reason in message or field == "modules_to_save"
+    assert lora_config.REFUSED[field].reason in message or field == "modules_to_save"
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from veneer.adapters import registry
 from veneer.adapters.checkpoint import Checkpoint, shown
-from veneer.adapters.methods import lora
+from veneer.adapters.methods import lora_config
 from veneer.adapters.methods.common import PREFIX, add_head_copy, per_site, wrong
 from veneer.adapters.model_weights import Weights
 from veneer.adapters.names import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE
@@ -126,7 +126,7 @@ def _kind(config: Mapping[str, Any]) -> tuple[str, Callable[[torch.Tensor, int, 
         if isinstance(start, str) and start.startswith(name):
             raise wrong("init_lora_weights", start, f"it cannot be converted: {reason}")
     kind = {"pissa": "PiSSA", "olora": "OLoRA"}.get(start.lower() if isinstance(start, str) else "")
-    if start not in lora.REFUSED["init_lora_weights"].off and not kind:
+    if start not in lora_config.REFUSED["init_lora_weights"].off and not kind:
         raise wrong("init_lora_weights", start, "PEFT 0.21 has no such initialisation")
     if config.get("kasa_config") is not None:
         if kind:
@@ -139,19 +139,19 @@ def _kind(config: Mapping[str, Any]) -> tuple[str, Callable[[torch.Tensor, int, 
     return kind, TAKES[kind]
 
 
-def _fields(config: Mapping[str, Any], kind: str) -> lora.Honoured:
+def _fields(config: Mapping[str, Any], kind: str) -> lora_config.Honoured:
     """The fields that count, read as of the plain LoRA that the adapter becomes."""
     rest = {key: value for key, value in config.items() if key not in ("init_lora_weights", "kasa_config")}
-    fields = lora.read_config(rest)
+    fields = lora_config.read_config(rest)
     # DoRA's norm is that of the whole weight, W' + s·BA, which the conversion leaves as it is.
-    for name in lora.VARIANTS:
+    for name in lora_config.VARIANTS:
         if getattr(fields, name) not in (None, False) and (name != "use_dora" or kind == "KaSA"):
             raise wrong(name, config[name], f"together with {kind} it is not converted")
     return fields
 
 
 def _layers(
-    checkpoint: Checkpoint, fields: lora.Honoured, model: Weights, kind: str, warnings: list[str]
+    checkpoint: Checkpoint, fields: lora_config.Honoured, model: Weights, kind: str, warnings: list[str]
 ) -> list[Layer]:
     """The layers of the file, each with its rank and scale."""
     suffix = ".lora_A.weight"
@@ -187,7 +187,7 @@ def _layers(
 
 
 def _require(
-    checkpoint: Checkpoint, fields: lora.Honoured, layers: list[Layer], kind: str, warnings: list[str]
+    checkpoint: Checkpoint, fields: lora_config.Honoured, layers: list[Layer], kind: str, warnings: list[str]
 ) -> list[str]:
     """Check every tensor's shape; the names of those that stay as they are."""
     shapes: dict[str, tuple[int, ...]] = {}

@@ -26,7 +26,7 @@ import msgspec
 import torch
 
 from veneer.adapters.checkpoint import Checkpoint, TensorInfo, shown
-from veneer.adapters.methods import lora
+from veneer.adapters.methods import lora, lora_config
 from veneer.adapters.methods.base import Base
 from veneer.adapters.methods.common import PREFIX, add_head_copy, choose_sites, wrong
 from veneer.adapters.names import CONFIG_FILE
@@ -41,7 +41,7 @@ _UNUSED = (
     "trainable_token_indices",
     "lora_bias",
     "bias",
-    *(name for name in lora.VARIANTS if name != "arrow_config"),
+    *(name for name in lora_config.VARIANTS if name != "arrow_config"),
 )
 _GENERAL = re.compile(r"gks_[0-9]+")
 Names = Annotated[list[str], msgspec.Meta(min_length=1, max_length=MAX_CHOICES)]
@@ -67,7 +67,7 @@ class Expert(NamedTuple):
     """An expert as it stands in the file."""
 
     name: str
-    config: lora.Honoured
+    config: lora_config.Honoured
     sites: list[lora.Scaled]
 
 
@@ -90,7 +90,7 @@ class _Part:
 
 def lower(checkpoint: Checkpoint, base: Base, max_rank: int) -> Program:
     """Lower a packed Arrow router. See `veneer.adapters.methods.base.Method`."""
-    config = lora.read_config(checkpoint.config)
+    config = lora_config.read_config(checkpoint.config)
     router = _router(config)
     _check_plain(config)
     warnings: list[str] = []
@@ -128,7 +128,7 @@ def lower(checkpoint: Checkpoint, base: Base, max_rank: int) -> Program:
     )
 
 
-def _router(config: lora.Honoured) -> Router:
+def _router(config: lora_config.Honoured) -> Router:
     if config.arrow_experts is None:
         raise wrong(
             "arrow_config",
@@ -158,12 +158,17 @@ def _router(config: lora.Honoured) -> Router:
 
 
 def _expert(
-    checkpoint: Checkpoint, config: lora.Honoured, name: str, base: Base, max_rank: int, warnings: list[str]
+    checkpoint: Checkpoint,
+    config: lora_config.Honoured,
+    name: str,
+    base: Base,
+    max_rank: int,
+    warnings: list[str],
 ) -> Expert:
     """An expert's config, read like that of any LoRA; Arrow uses its A, B and scale alone."""
     assert config.arrow_experts is not None
     try:
-        fields = lora.read_config(config.arrow_experts[name])
+        fields = lora_config.read_config(config.arrow_experts[name])
         if fields.arrow_config is not None:
             raise wrong("arrow_config", fields.arrow_config, "an expert cannot be a router")
         _check_plain(fields)
@@ -174,7 +179,7 @@ def _expert(
         raise AdapterRefused(f"arrow_experts, {name}: {error.message}") from error
 
 
-def _check_plain(config: lora.Honoured) -> None:
+def _check_plain(config: lora_config.Honoured) -> None:
     for field in _UNUSED:
         if (value := getattr(config, field)) not in (None, False, "none"):
             raise wrong(field, value, "PEFT's Arrow takes A, B and the scale of each expert alone")
