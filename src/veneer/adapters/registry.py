@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 
 from veneer.adapters.checkpoint import Checkpoint, shown
@@ -109,11 +108,9 @@ METHODS: Mapping[str, Method] = {
     "WAVEFT": waveft.lower,
 }
 
-# Those whose config has a `modules_to_save`; methods/whole_modules.py reads it for all of them.
-REPLACING = frozenset(
-    kind
-    for kind, method in METHODS.items()
-    if "modules_to_save" in getattr(import_module(getattr(method, "__module__", "")), "REFUSED", {})
+# Those whose config has no `modules_to_save`; methods/whole_modules.py reads it for all others.
+KEEPING = frozenset(
+    {"BOTTLENECK", "TRAINABLE_TOKENS", *(kind for kind in METHODS if kind.startswith("ADAPTERHUB_"))}
 )
 
 # What cannot be served exactly, and why. A kind in neither table is not known.
@@ -144,7 +141,7 @@ def lower(folder: Path | str, base: Base, max_rank: int, task: int = 0) -> Progr
         raise AdapterRefused(
             f"{CONFIG_FILE}: peft_type {shown(kind)} is not served; served are: {', '.join(METHODS)}."
         )
-    whole = whole_modules.take(checkpoint, base) if kind in REPLACING else None
+    whole = whole_modules.take(checkpoint, base) if kind not in KEEPING else None
     if whole is None:
         return method(checkpoint, base, max_rank)
     return whole.apply(method(whole.checkpoint, whole.base, max_rank), checkpoint, base)
