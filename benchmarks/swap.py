@@ -81,7 +81,7 @@ class _Swaps:
     """Loads one after the other. `go_on` returns at once, and is called between two steps."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine, self._residency = engine, engine.residency
+        self._residency = engine.residency
         self._names = cycle(digest(RESIDENT + index) for index in range(SWAPPED))
         self._pending: list[str] = []
 
