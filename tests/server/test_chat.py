@@ -483,15 +483,16 @@ def test_a_slow_reader_delays_nobody(make_server: MakeServer) -> None:
 
 
 def test_the_server_imports_no_torch_and_starts_fast() -> None:
-    code = (  # processor time: a busy machine does not count
-        "import sys, time; start = time.process_time(); import veneer.server.app; "
-        "print(time.process_time() - start); "
+    code = (  # processor time: a busy machine does not count; in what its libraries take: a slow one does not
+        "import sys, time; start = time.process_time(); import fastapi, sqlalchemy.orm; "
+        "libraries = time.process_time() - start; import veneer.server.app; "
+        "print((time.process_time() - start) / libraries); "
         "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
     )
     runs = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         for _ in range(2)  # the first may have to write bytecode
     ]
-    seconds, modules = runs[-1].splitlines()
+    ratio, modules = runs[-1].splitlines()
     assert modules == "[]"
-    assert float(seconds) < 1.0
+    assert float(ratio) < 2.0

@@ -1,9 +1,9 @@
 """Choose the next token of each row from its logits. Everything is per row: a row's token depends on its own
 logits, parameters, history and (seed, position) alone, never on what else is in the batch.
 
-Randomness is one uniform number per (seed, position), inverted through the row's cumulative distribution in
-vocabulary order, so the same request gives the same tokens in any batch and on any device (up to the last
-bits of the logits).
+Randomness is a hash of (seed, position, token), one exponential number for each token, and the token that comes
+first in the race is drawn (Gumbel-max). So the same request gives the same tokens in any batch and on any device:
+the last bits of the logits, which a batch's size does change, decide only between two that arrive together.
 
 Tokens are chosen on the device. Only `Sampled.results` waits for it; what to launch is decided from the
 parameters, which the host knows. (No numbers in torch.where here: it would copy them to the device and wait.)
@@ -21,6 +21,7 @@ import torch
 from veneer.engine.messages import SamplingParams, TokenLogprobs
 from veneer.kernels.upload import upload
 
+_MASK32 = (1 << 32) - 1
 _MASK64 = (1 << 64) - 1
 
 
@@ -93,15 +94,37 @@ class Sampled:
         return found
 
 
-def uniform(seed: int, position: int) -> float:
-    """A uniform number in [0, 1) from (seed, position): splitmix64 (Steele et al., 2014), top 53 bits."""
+def noise_key(seed: int, position: int) -> int:
+    """64 random bits of (seed, position): splitmix64 (Steele et al., 2014)."""
     z = (seed * 0x9E3779B97F4A7C15 + (position + 1) * 0xD1342543DE82EF95) & _MASK64
     for _ in range(2):
         z = (z + 0x9E3779B97F4A7C15) & _MASK64
         z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
         z ^= z >> 31
-    return (z >> 11) * 2.0**-53
+    return z
+
+
+def exponential_noise(keys: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Exponentially distributed float32 [rows, vocabulary], a function of each row's key and the token alone.
+
+    keys: int32 [rows, 2]. Two rounds of lowbias32 (Wellons, 2018) over the token, each with half of the key.
+    """
+    tokens = torch.arange(vocabulary, dtype=torch.int32, device=keys.device)
+    x = tokens * _int32(0x9E3779B1) + keys[:, :1]
+    for round_ in range(2):
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            x ^= (x >> shift) & ((1 << 32 - shift) - 1)
+            x *= _int32(factor)
+        x ^= (x >> 16) & 0xFFFF
+        if not round_:
+            x ^= keys[:, 1:]
+    # 31 bits; what matters are the small numbers, which float32 tells apart
+    return ((x & 0x7FFFFFFF).float() + 0.5).mul_(-(2.0**-31)).log1p_().neg_()
+
+
+def _int32(bits: int) -> int:
+    return bits - (1 << 32) if bits >> 31 else bits
 
 
 def sample(
@@ -178,26 +201,30 @@ def _draw(scores: torch.Tensor, rows: Sequence[SamplingRow], greedy: torch.Tenso
     params = [row.params for row in rows]
     limits = [p.top_k if 0 < p.top_k < vocabulary else vocabulary for p in params]
     # Positions count generated tokens, so a preempted or differently chunked run draws the same numbers.
+    keys = [noise_key(p.seed, row.position) for row, p in zip(rows, params, strict=True)]
     columns = [
-        (1.0, p.temperature, limit, p.top_p, p.min_p, uniform(p.seed, row.position))
-        if p.temperature > 0
-        else (0.0, 1.0, limit, p.top_p, p.min_p, 0.0)
-        for row, p, limit in zip(rows, params, limits, strict=True)
+        (
+            p.temperature > 0,
+            p.temperature or 1.0,
+            limit,
+            p.top_p,
+            p.min_p,
+            _int32(key >> 32),
+            _int32(key & _MASK32),
+        )
+        for p, limit, key in zip(params, limits, keys, strict=True)
     ]
     table = upload(columns, np.float64, scores.device)
-    drawn, temperature, limit, top_p, min_p, draws = (column.unsqueeze(1) for column in table.unbind(1))
-    probs = torch.softmax(scores.double() / temperature, dim=-1)
+    drawn, temperature, limit, top_p, min_p = (column.unsqueeze(1) for column in table[:, :5].unbind(1))
+    probs = torch.softmax(scores / temperature.float(), dim=-1)
     cut = [i for i, p in enumerate(params) if p.top_p < 1 or limits[i] < vocabulary]
     if cut:
         index = upload(cut, np.int64, scores.device)
         probs[index] = _cut(probs[index], scores[index], limit[index], top_p[index])
     if any(p.min_p > 0 for p in params):  # Nguyen et al., 2024; the cut keeps the largest
         probs.masked_fill_(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
-    cumulative = probs.cumsum(-1)
-    target = draws * cumulative[:, -1:]
-    # The first token whose cumulative probability exceeds the target; never one of probability zero.
-    found = torch.searchsorted(cumulative, target, right=True).clamp_(max=vocabulary - 1)
-    return torch.where(drawn > 0, found, greedy.unsqueeze(1)).squeeze(1)
+    found = probs.div_(exponential_noise(table[:, 5:].int(), vocabulary)).argmax(-1)
+    return torch.where(drawn.squeeze(1) > 0, found, greedy)
 
 
 def _cut(probs: torch.Tensor, scores: torch.Tensor, limit: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
@@ -208,9 +235,9 @@ def _cut(probs: torch.Tensor, scores: torch.Tensor, limit: torch.Tensor, top_p: 
     order = scores.argsort(dim=-1, descending=True, stable=True)
     rank = torch.arange(probs.shape[1], device=probs.device)
     ordered = probs.gather(1, order).masked_fill_(rank >= limit, 0.0)
-    before = ordered.cumsum(-1) - ordered
+    reached = ordered.cumsum(-1, dtype=torch.float64)
     # the smallest set whose mass reaches top_p of what top_k left; always at least one token
-    excluded = (top_p < 1) & (before >= top_p * ordered.sum(-1, keepdim=True)) & (rank > 0)
+    excluded = (top_p < 1) & (reached - ordered >= top_p * reached[:, -1:]) & (rank > 0)
     return torch.zeros_like(probs).scatter_(1, order, ordered.masked_fill_(excluded, 0.0))
 
 
