@@ -29,6 +29,7 @@ TORCH_FREE = [
     "veneer.engine.scheduler",
     "veneer.engine.source",
     "veneer.server.app",
+    "veneer.training.recipe",
     "veneer.server.cli",
 ]
 

@@ -66,7 +66,9 @@ def test_the_folder_is_complete_and_small(name: str) -> None:
 def test_the_report_is_of_this_recipe_and_shows_that_it_works(name: str) -> None:
     folder = EXAMPLES / name
     report = json.loads((folder / "report.json").read_text())
-    recipe = read_recipe(folder / "recipe.yaml").model_dump(mode="json", exclude={"output"})
+    recipe = read_recipe(folder / "recipe.yaml").model_dump(
+        mode="json", exclude={"output"}, exclude_unset=True
+    )
     for field in ("data", "test_data"):
         recipe[field] = Path(recipe[field]).name
     assert report["recipe"] == {**recipe, "base": DEFAULT_MODEL}

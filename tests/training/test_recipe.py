@@ -24,20 +24,25 @@ def test_the_least_recipe_has_defaults_and_paths_beside_it(tmp_path: Path) -> No
     assert recipe.output == tmp_path / "out"
     assert recipe.test_data is None
     assert recipe.base is None
-    assert (recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets) == (8, 16, "all-linear")
+    assert (recipe.adapter.rank, recipe.adapter.alpha, recipe.adapter.targets) == (8, 16, "all-linear")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (LEAST + "learning_rat: 1\n", "'learning_rat' is not a field; the fields are base, "),
-        (LEAST + "lora: {rnk: 4}\n", r"'lora.rnk' is not a field; the fields are rank, alpha"),
+        (LEAST + "learning_rat: 1\n", "'learning_rat' is not a field; the fields are method, "),
+        (LEAST + "adapter: {rnk: 4}\n", r"'adapter.rnk' is not a field; the fields are kind, rank, alpha"),
         (LEAST + "evaluation: {row: 4}\n", r"'evaluation.row' is not a field; the fields are rows"),
-        (LEAST + "lora: {rank: 0}\n", r"lora.rank: .*greater than 0 \(got 0\)"),
-        (LEAST + "lora: {rank: 513}\n", r"lora.rank: .*512 \(got 513\)"),
-        (LEAST + "lora: {targets: []}\n", r"lora.targets"),
-        (LEAST + "quantization: int3\n", r"quantization: .*'none' or 'nf4'.*'int3'"),
+        (LEAST + "adapter: {rank: 0}\n", r"adapter.rank: .*greater than 0 \(got 0\)"),
+        (LEAST + "adapter: {rank: 513}\n", r"adapter.rank: .*512 \(got 513\)"),
+        (LEAST + "adapter: {targets: []}\n", r"adapter.targets"),
+        (LEAST + "quantization: int3\n", r"quantization: .*'none', 'nf4' or 'int8'.*'int3'"),
         (LEAST + "epochs: 2\n", "either `steps` or `epochs`"),
+        (LEAST + "packing: true\nmethod: dpo\n", "`packing` is for single sequences"),
+        (
+            LEAST + "evaluation: {gate: {metrik: f1}}\n",
+            "'evaluation.gate.metrik' is not a field; the fields are metric",
+        ),
         ("data: a\noutput: b\n", "either `steps` or `epochs`"),
         (LEAST + "test_data: a\ntest_fraction: 0.1\n", "not both"),
         ("output: b\nsteps: 1\n", "data: Field required"),

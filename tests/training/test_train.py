@@ -39,7 +39,7 @@ def write_recipe(folder: Path, base: Path | str, **fields: Any) -> Path:
         "steps": 6,
         "batch_size": 4,
         "device": "cpu",
-        "lora": {"rank": 4, "alpha": 8, "dropout": 0.1},
+        "adapter": {"rank": 4, "alpha": 8, "dropout": 0.1},
         "evaluation": {"max_new_tokens": 4},
         **fields,
     }
@@ -122,7 +122,7 @@ def test_one_seed_gives_one_adapter_and_another_a_different_one(tmp_path: Path, 
 
 def test_the_loss_is_on_the_answer_alone(tmp_path: Path, tiny_base: Path) -> None:
     """The first loss equals the mean cross-entropy over the answers' tokens, computed by hand."""
-    folder = main(write_recipe(tmp_path, tiny_base, steps=1, batch_size=4, lora={"rank": 2}))
+    folder = main(write_recipe(tmp_path, tiny_base, steps=1, batch_size=4, adapter={"rank": 2}))
     model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     losses = []
@@ -146,8 +146,8 @@ def test_epochs_count_whole_passes_and_the_learning_rate_warms_up(tmp_path: Path
 
 
 def test_targets_rslora_and_storage_are_as_the_recipe_says(tmp_path: Path, tiny_base: Path) -> None:
-    lora = {"rank": 3, "alpha": 6, "targets": ["q_proj", "down_proj"], "rslora": True}
-    folder = main(write_recipe(tmp_path, tiny_base, lora=lora, save_dtype="bfloat16", steps=1))
+    adapter = {"kind": "rslora", "rank": 3, "alpha": 6, "targets": ["q_proj", "down_proj"]}
+    folder = main(write_recipe(tmp_path, tiny_base, adapter=adapter, save_dtype="bfloat16", steps=1))
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (3, 6, True)
     assert config["target_modules"] == ["down_proj", "q_proj"]
@@ -171,7 +171,7 @@ def test_an_adapter_is_not_written_over_unless_asked(tmp_path: Path, tiny_base: 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"lora": {"targets": ["no_such_proj"]}}, r"lora.targets \['no_such_proj'\]"),
+        ({"adapter": {"targets": ["no_such_proj"]}}, r"adapter.targets \['no_such_proj'\]"),
         ({"max_length": 10}, "4 rows are longer than max_length 10, first rows.jsonl:1"),
         ({"test_data": "rows.jsonl"}, "rows.jsonl:1 asks the same as rows.jsonl:1"),
         ({"learning_rate": 0.99, "max_grad_norm": 1e30, "steps": 60, "weight_decay": 1e8}, "the loss is"),
@@ -192,7 +192,9 @@ def test_a_base_beside_the_recipe_that_does_not_exist_is_named(tmp_path: Path) -
 
 def test_training_on_an_nf4_base(tmp_path: Path, tiny_base: Path) -> None:
     folder = main(
-        write_recipe(tmp_path, tiny_base, quantization="nf4", steps=12, learning_rate=0.01, lora={"rank": 4})
+        write_recipe(
+            tmp_path, tiny_base, quantization="nf4", steps=12, learning_rate=0.01, adapter={"rank": 4}
+        )
     )
     losses = read_losses(folder)
     assert losses[-1] < losses[0]

@@ -5,6 +5,8 @@ One msgspec struct per message, encoded as msgpack. Imports no torch: the HTTP p
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 
@@ -73,11 +75,31 @@ class PinAdapter(msgspec.Struct, frozen=True, tag=True):
     pinned: bool
 
 
+class StartJob(msgspec.Struct, frozen=True, tag=True):
+    """Train what `folder` describes, from its last saved state if it has one. Answered by `JobReport`s.
+
+    Jobs are queued in the order of these messages. In the folder are `training.json`, a `Training` of
+    training/recipe.py, and the rows: `data/training.*`, perhaps `data/validation.*`; all else is the engine's.
+    """
+
+    id: str
+    folder: str
+
+
+class StopJob(msgspec.Struct, frozen=True, tag=True):
+    """End a job before its end, or take it out of the queue. Answered by a `JobReport` "stopped".
+
+    Its state stays in the folder, from which `StartJob` goes on.
+    """
+
+    id: str
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """End the engine process now. The server drains first."""
 
 
-Request = Generate | Cancel | CheckAdapter | DropAdapter | PinAdapter | Shutdown
+Request = Generate | Cancel | CheckAdapter | DropAdapter | PinAdapter | StartJob | StopJob | Shutdown
 
 
 # ---- engine -> HTTP -------------------------------------------------------------------------------
@@ -182,6 +204,26 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     error: WireError | None = None
 
 
+class JobReport(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
+    """News of a training job, in their order.
+
+    kind        data
+    validated   rows, tokens, ... (the data report); its steps begin
+    progress    step, total_steps, train_loss, learning_rate, tokens, seconds; now and then valid_loss
+    checkpoint  step, folder (of a complete adapter), train_loss, perhaps valid_loss
+    notice      nothing: `message` says what happened (a fallback, an early end, a resumption)
+    succeeded   step, tokens, folder (of the result), and what report.json has
+    failed      nothing: `error` says why. The job is over
+    stopped     step; after `StopJob`
+    """
+
+    id: str
+    kind: str
+    message: str = ""
+    data: dict[str, Any] = {}
+    error: WireError | None = None
+
+
 class AdapterStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One adapter's residency and lifetime counts."""
 
@@ -225,7 +267,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     host_adapter_bytes: int
 
 
-Reply = Ready | Outputs | AdapterChecked | Done | Stats
+Reply = Ready | Outputs | AdapterChecked | Done | JobReport | Stats
 
 request_decoder = msgspec.msgpack.Decoder(Request)
 reply_decoder = msgspec.msgpack.Decoder(Reply)

@@ -1,19 +1,19 @@
-"""A training recipe: one YAML file that says everything about how an adapter is made.
+"""What to train and how: the `Training` of a fine-tuning job, and the YAML recipe of `veneer train` around it.
 
     base: SmolLM2-135M-Instruct        # as for `veneer serve`: default base, folder, .gguf file or hub id
     data: negate.train.jsonl           # relative paths start at the recipe's folder
     test_data: negate.test.jsonl       # or test_fraction: 0.1
     output: adapter
     steps: 60                          # or epochs: 3
-    lora: {rank: 8, alpha: 16, targets: all-linear}
+    adapter: {kind: lora, rank: 8, alpha: 16, targets: all-linear}
 
-Fields that are not listed here are refused by name.
+Fields that are not listed here are refused by name. Imports no torch: the HTTP process checks jobs with it.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -21,65 +21,137 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from veneer.errors import InvalidRequest
 
 Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Kind = Literal[
+    "lora",
+    "rslora",
+    "dora",
+    "lora+",
+    "adalora",
+    "vera",
+    "gralora",
+    "loha",
+    "lokr",
+    "oft",
+    "ia3",
+    "hra",
+    "miss",
+    "prefix",
+    "prompt",
+    "p-tuning",
+    "bitfit",
+    "reft",
+    "bottleneck",
+    "layers",
+]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Lora(_Strict):
-    """PEFT's LoraConfig, by the same meanings."""
+class Adapter(_Strict):
+    """What is trained. A field that the kind has no use for is refused (training/kinds.py)."""
 
-    rank: Annotated[int, Field(gt=0, le=512)] = 8
+    kind: Kind = "lora"
+    rank: Annotated[int, Field(gt=0, le=512)] = 8  # r; block size of oft; size of a bottleneck
     alpha: Positive = 16
-    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    rslora: bool = False
+    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    init: Literal["default", "pissa", "olora", "loftq", "eva"] = "default"  # of LoRA's factors
+    tokens: Positive = 16  # virtual tokens of prefix, prompt and p-tuning
+    layers: list[Annotated[int, Field(ge=0)]] | None = None  # decoder layers to train; None: all
+    options: dict[str, Any] = {}  # further fields of PEFT's config of this kind, by its names
+
+
+class Gate(_Strict):
+    """What the trained version must reach on the held-out rows, or it is not published."""
+
+    metric: Literal["exact_match", "normalized_match", "token_f1", "perplexity"] = "exact_match"
+    at_least: float | None = None  # for perplexity: at most
+    no_worse_than: Literal["base", "previous"] | None = None
 
 
 class Evaluation(_Strict):
-    """Exact match on held-out rows by greedy generation, on the base and on the trained adapter."""
+    """By greedy generation on held-out rows, of the base and of the trained adapter."""
 
     rows: Annotated[int, Field(ge=0)] = 100  # of the held-out rows; 0 switches it off
     max_new_tokens: Positive = 64
     batch_size: Positive = 16
+    gate: Gate | None = None
 
 
-class Recipe(_Strict):
-    """Everything that decides the trained adapter, apart from the machine."""
+class Training(_Strict):
+    """Everything that decides the trained adapter, apart from base, data and machine."""
 
-    base: str | None = None  # None is the default base
-    revision: str | None = None  # of a hub base
-    data: Path
-    test_data: Path | None = None
-    test_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    output: Path
+    method: Literal["supervised", "dpo", "self_supervised"] = "supervised"
+    adapter: Adapter = Adapter()
     template: Literal["chat", "none"] = "chat"  # how a prompt is put: as a user's message, or as it is
-    lora: Lora = Lora()
+    loss_on: Literal["answer", "assistant", "all"] = "answer"  # last answer, all assistant turns, all tokens
+    max_length: Positive = 512  # tokens of prompt and answer together
+    overlong: Literal["refuse", "drop", "keep_start", "keep_end"] = "refuse"  # rows longer than that
+    packing: bool = False  # several rows in one sequence; none attends to another
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+    loraplus_ratio: Annotated[float, Field(ge=1)] | None = (
+        None  # learning rate of B over that of A; lora+: 16
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     steps: Positive | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
-    batch_size: Positive = 8
+    batch_size: Positive = 8  # rows (packed sequences) of a micro-batch
+    accumulation: Positive = 1  # micro-batches of a step
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    max_length: Positive = 512  # tokens of prompt and answer together; longer rows are refused
+    neftune_alpha: Annotated[float, Field(gt=0)] | None = None  # noise on embeddings (Jain et al., 2023)
+    gradient_checkpointing: bool = False
+    dpo_beta: Annotated[float, Field(gt=0)] = 0.1
+    validation_fraction: Fraction | None = None  # of the rows, when no validation rows are given
+    evaluate_every: Positive | None = (
+        None  # steps between validation losses; None: at checkpoints and the end
+    )
+    checkpoint_every: Positive | None = None  # steps between servable checkpoints; None: once an epoch
+    keep_best: bool = True  # the result is the checkpoint of the least validation loss, where there is one
+    patience: Positive | None = None  # validations without a better loss, after which training ends
     seed: int = 0
-    quantization: Literal["none", "nf4"] = "none"  # of the base while training
-    dtype: Literal["auto"] | Dtype = "auto"  # of the base; auto: bfloat16 on CUDA, float32 on CPU
-    device: str = "auto"  # auto | cpu | cuda | cuda:N
     save_dtype: Dtype = "float32"  # of the adapter's file
     evaluation: Evaluation = Evaluation()
 
     @model_validator(mode="after")
-    def _one_of_each(self) -> Recipe:
+    def _fits_together(self) -> Training:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either `steps` or `epochs`")
-        if self.test_data is not None and self.test_fraction is not None:
-            raise ValueError("give `test_data` or `test_fraction`, not both")
+        if self.packing and self.method == "dpo":
+            raise ValueError("`packing` is for single sequences; dpo has pairs")
         return self
+
+
+class Recipe(Training):
+    """A training on a base of its own, with files."""
+
+    base: str | None = None  # None is the default base
+    revision: str | None = None  # of a hub base
+    data: Path
+    validation_data: Path | None = None
+    test_data: Path | None = None
+    test_fraction: Fraction | None = None
+    output: Path
+    quantization: Literal["none", "nf4", "int8"] = "none"  # of the base while training
+    dtype: Literal["auto"] | Dtype = "auto"  # of the base; auto: bfloat16 on CUDA, float32 on CPU
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Recipe:
+        for kind in ("test", "validation"):
+            if getattr(self, f"{kind}_data") is not None and getattr(self, f"{kind}_fraction") is not None:
+                raise ValueError(f"give `{kind}_data` or `{kind}_fraction`, not both")
+        return self
+
+    def training(self) -> Training:
+        """What a job would be asked for."""
+        return Training.model_validate(self.model_dump(include=set(Training.model_fields)))
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -97,11 +169,10 @@ def read_recipe(path: Path) -> Recipe:
     try:
         recipe = Recipe.model_validate(fields)
     except ValidationError as error:
-        faults = "; ".join(_fault(dict(item)) for item in error.errors())
-        raise InvalidRequest(f"recipe {str(path)!r}: {faults}") from error
+        raise InvalidRequest(f"recipe {str(path)!r}: {faults(Recipe, error)}") from error
     placed: dict[str, Path | str] = {
         name: path.parent / value
-        for name in ("data", "test_data", "output")
+        for name in ("data", "validation_data", "test_data", "output")
         if (value := getattr(recipe, name)) is not None
     }
     if recipe.base is not None and recipe.base.startswith("."):
@@ -109,13 +180,17 @@ def read_recipe(path: Path) -> Recipe:
     return recipe.model_copy(update=placed)
 
 
-def _fault(item: dict[str, object]) -> str:
+def faults(model: type[Training], error: ValidationError) -> str:
+    """Every fault of a `model` that did not validate, each with its field and value."""
+    return "; ".join(_fault(model, dict(item)) for item in error.errors())
+
+
+def _fault(model: type[Training], item: dict[str, object]) -> str:
     location = item["loc"]
     where = ".".join(str(part) for part in location) if isinstance(location, tuple) else ""
     if item["type"] == "extra_forbidden":
-        known = (
-            Lora if where.startswith("lora.") else Evaluation if where.startswith("evaluation.") else Recipe
-        )
-        return f"{where!r} is not a field; the fields are {', '.join(known.model_fields)}"
+        parts: dict[str, type[BaseModel]] = {"adapter": Adapter, "evaluation": Evaluation}
+        owner = Gate if where.startswith("evaluation.gate.") else parts.get(where.partition(".")[0], model)
+        return f"{where!r} is not a field; the fields are {', '.join(owner.model_fields)}"
     value = "" if item["type"] in ("missing", "value_error") else f" (got {item['input']!r:.60})"
     return f"{where + ': ' if where else ''}{item['msg']}{value}"

@@ -147,19 +147,19 @@ def add_lora(base: Any, recipe: Recipe) -> Any:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(recipe.seed)
-    lora = recipe.lora
+    lora = recipe.adapter
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        use_rslora=lora.rslora,
+        use_rslora=lora.kind == "rslora",
         target_modules=lora.targets,
     )
     try:
         model = get_peft_model(base, config)
     except ValueError as error:
-        raise InvalidRequest(f"lora.targets {lora.targets!r}: {error}") from error
+        raise InvalidRequest(f"adapter.targets {lora.targets!r}: {error}") from error
     config.target_modules = sorted(config.target_modules or ())  # a set's order changes from run to run
     # The file names the public base; a path of this machine means nothing elsewhere.
     config.base_model_name_or_path = served_name(recipe.base)
@@ -248,8 +248,9 @@ def _round_to(model: Any, dtype: str) -> None:
 
 def _public(recipe: Recipe) -> dict[str, Any]:
     """The recipe without this machine's paths."""
-    fields = recipe.model_dump(mode="json", exclude={"output"})
-    names = {name: Path(fields[name]).name for name in ("data", "test_data") if fields[name] is not None}
+    fields = recipe.model_dump(mode="json", exclude={"output"}, exclude_unset=True)
+    files = ("data", "validation_data", "test_data")
+    names = {name: Path(fields[name]).name for name in files if fields.get(name) is not None}
     return {**fields, **names, "base": served_name(recipe.base)}
 
 
