@@ -31,6 +31,8 @@ TORCH_FREE = [
     "veneer.server.app",
     "veneer.training.recipe",
     "veneer.server.cli",
+    "veneer.training.data",
+    "veneer.training.data_report",
 ]
 
 
