@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from veneer.errors import InvalidRequest
-from veneer.training.collation import Batch, collate, collate_packed, collate_pairs
+from veneer.training.collation import Batch, collate, collate_packed, collate_pairs, packing_mask
 from veneer.training.encoding import IGNORED, Encoded, EncodedPair
 
 ROWS = [
@@ -44,7 +44,7 @@ def test_pairs_are_all_chosen_then_all_rejected() -> None:
 
 
 def test_a_pack_restarts_positions_and_confines_attention() -> None:
-    batch = collate_packed([ROWS[:2], ROWS[2:3]], padding=0, length=12)
+    batch = collate_packed([ROWS[:2], ROWS[2:3]], padding=0, length=12, mask="bool")
     assert batch.input_ids[0].tolist() == [5, 6, 7, 8, 2, 9, 10, 11, 12, 2, 0, 0]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1], [*range(6), *range(6)]]
     assert batch.cu_seqlens is not None
@@ -57,7 +57,7 @@ def test_a_pack_restarts_positions_and_confines_attention() -> None:
         first = [0, 5, 10][(query >= 5) + (query >= 10)]
         assert mask[0, 0, query].nonzero().flatten().tolist() == list(range(first, query + 1))
     with pytest.raises(InvalidRequest, match="a pack has 10 tokens, more than a sequence's length 9"):
-        collate_packed([ROWS[:2]], padding=0, length=9)
+        collate_packed([ROWS[:2]], padding=0, length=9, mask=None)
 
 
 def test_inputs_are_a_models_arguments() -> None:
@@ -93,13 +93,14 @@ def test_packed_losses_and_gradients_are_the_unpacked_ones(
     model = AutoModelForCausalLM.from_pretrained(
         tiny_base, dtype=torch.float32, attn_implementation=attention
     )
+    assert packing_mask(model.config) == {"sdpa": "bool", "eager": torch.float32}[attention]
     losses, gradients = run(model, collate(ROWS, padding=0))
     packed, packed_gradients = run(model, collate_packed([ROWS[:3], ROWS[3:]], 0, length=length, mask=mask))
     torch.testing.assert_close(packed, losses, rtol=0, atol=1e-5)
     torch.testing.assert_close(packed_gradients, gradients, rtol=0, atol=1e-5)
 
     # The comparison can fail: with attention across rows it does.
-    across = collate_packed([ROWS[:3], ROWS[3:]], 0, length=length)
+    across = collate_packed([ROWS[:3], ROWS[3:]], 0, length=length, mask=None)
     leaking = Batch(
         across.input_ids, across.labels, across.position_ids, torch.ones_like(across.input_ids), 0, 0
     )
@@ -110,5 +111,27 @@ def test_the_models_own_loss_is_the_same_packed(tiny_base: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     with torch.no_grad():
         unpacked = model(**collate(ROWS, padding=0).inputs()).loss
-        packed = model(**collate_packed([ROWS], padding=0, multiple=8).inputs()).loss
+        batch = collate_packed([ROWS], padding=0, multiple=8, mask=packing_mask(model.config))
+        packed = model(**batch.inputs()).loss
     torch.testing.assert_close(packed, unpacked, rtol=0, atol=1e-5)
+
+
+def test_positions_alone_serve_sliding_windows_and_a_mask_does_not() -> None:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.2,
+        sliding_window=3,
+    )
+    model = MistralForCausalLM(config)
+    losses, gradients = run(model, collate(ROWS, padding=0))
+    assert packing_mask(config) is None
+    packed, packed_gradients = run(model, collate_packed([ROWS], padding=0, mask=None))
+    torch.testing.assert_close(packed, losses, rtol=0, atol=1e-5)
+    torch.testing.assert_close(packed_gradients, gradients, rtol=0, atol=1e-5)
+    assert (run(model, collate_packed([ROWS], padding=0, mask="bool"))[0] - losses).abs().max() > 1e-3

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from veneer.errors import InvalidRequest
+from veneer.server.adapter_text import base_text
+from veneer.server.conversation import template_messages
 from veneer.training.encoding import IGNORED, Encoded, Encoder
 from veneer.training.formats import Message, Pair, Row, Text
 from veneer.training.truncation import encode_all
@@ -62,6 +65,17 @@ def test_the_prompt_is_what_serving_sends_and_the_answer_ends_the_turn(templated
     served = templated.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     assert encoded.prompt == served
     assert templated.decode(encoded.answer) == "third<|im_end|>"  # not the template's newline after it
+
+
+def test_the_server_sends_the_same_ids(tiny_base: Path) -> None:
+    from transformers import AutoTokenizer
+
+    encoded = Encoder(AutoTokenizer.from_pretrained(tiny_base), STOPS).row(Row(TALK, "third", "rows.jsonl:1"))
+    text = base_text(tiny_base)
+    assert text.template is not None
+    given = [{"role": turn.role, "content": turn.content} for turn in TALK]
+    rendered = text.template.render(template_messages(given, text.template.source, unknown=pytest.fail))
+    assert text.tokenizer.encode(rendered, add_special_tokens=False) == encoded.prompt
 
 
 @pytest.mark.parametrize(
@@ -152,9 +166,10 @@ def test_a_developer_is_the_system_to_templates_that_do_not_know_it(tokenizer: A
         tokenizer.chat_template = before
 
 
-def test_the_header_opens_the_models_turn(tokenizer: Any) -> None:
+def test_the_header_closes_the_question_and_opens_the_answer(tokenizer: Any) -> None:
     encoder = Encoder(tokenizer, STOPS)
-    assert tokenizer.decode(encoder.row(row("hi")).prompt[-encoder.header :]) == "<|im_start|>assistant\n"
+    header = encoder.row(row("hi")).prompt[-encoder.header :]
+    assert tokenizer.decode(header) == "<|im_end|>\n<|im_start|>assistant\n"
     assert Encoder(tokenizer, STOPS, template="none").header == 0
 
 
@@ -215,3 +230,21 @@ def test_encode_all_refuses_long_rows(tokenizer: Any) -> None:
         InvalidRequest, match=r"1 rows are longer than max_length 60, first rows.jsonl:1 with"
     ):
         encode_all([row("short"), row("long " * 20)], tokenizer, "chat", STOPS, 60)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("system", [(), (Message("system", "Be brief."),)])
+def test_the_default_base_learns_the_assistants_turns(system: tuple[Message, ...]) -> None:
+    from transformers import AutoTokenizer
+
+    from veneer.engine.source import resolve
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve(None))
+    encoder = Encoder(tokenizer, STOPS)
+    turns = (*system, *TALK[1:4])
+    encoded = encoder.row(Row(turns, "\nthird", "rows.jsonl:1"))
+    assert learnt(encoded, tokenizer) == ["first<|im_end|>", "\nthird<|im_end|>"]
+    chat = [{"role": turn.role, "content": turn.content} for turn in turns]
+    served = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert encoded.prompt == served
+    assert tokenizer.decode(encoded.prompt[-encoder.header :]) == "<|im_end|>\n<|im_start|>assistant\n"

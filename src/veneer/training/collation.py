@@ -2,13 +2,14 @@
 
     batch = collate(rows, padding=stops[0], multiple=8)
     batch = collate_pairs(pairs, padding=stops[0])                   # all chosen, then all rejected
-    batch = collate_packed([[a, b], [c]], padding=stops[0], length=4096, mask="bool")
+    batch = collate_packed([[a, b], [c]], padding=stops[0], length=4096, mask=packing_mask(model.config))
     loss = model(**batch.to(device).inputs()).loss
 
-In a packed sequence every row's positions begin at 0 and attention stays within it. Transformers can be told by an
-explicit mask, which goes to every attention layer as it is and so is for models without sliding windows: `bool` for
-sdpa, a floating dtype for eager attention, which adds it. Or by the positions alone (`mask=None`), from which it
-makes the mask of each layer's kind. `cu_seqlens` is for kernels that take packed rows themselves.
+In a packed sequence every row's positions begin at 0 and attention stays within it. A transformers model is told
+so by an explicit mask, which goes to every attention layer as it is and so is for models without sliding windows:
+`bool` for sdpa, a floating dtype for eager attention, which adds it. Or by the positions alone (None), from which
+it makes the mask of each layer's kind. Packing is not for virtual tokens (prefix, prompt, P-tuning): PEFT refuses
+the explicit mask, and with its cache of keys and values the positions would not be looked at.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import torch
 
 from veneer.errors import InvalidRequest
 from veneer.training.encoding import IGNORED, Encoded, EncodedPair
+
+Mask = Literal["bool"] | torch.dtype | None
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def collate_packed(
     *,
     length: int | None = None,
     multiple: int = 1,
-    mask: Literal["bool"] | torch.dtype | None = "bool",
+    mask: Mask,
 ) -> Batch:
     """Put the rows of each pack into one sequence, one after the other.
 
@@ -107,6 +110,17 @@ def collate_packed(
         learnt=_learnt(labels),
         cu_seqlens=ends.int(),
     )
+
+
+def packing_mask(config: Any) -> Mask:
+    """The `mask` that a transformers model of this config must be given, by its attention implementation."""
+    text = config.get_text_config()
+    windows = getattr(text, "sliding_window", None) or "sliding_attention" in (
+        getattr(text, "layer_types", None) or ()
+    )
+    if windows or text._attn_implementation not in ("sdpa", "eager"):
+        return None
+    return "bool" if text._attn_implementation == "sdpa" else text.dtype or torch.float32
 
 
 def packed_mask(sizes: Sequence[Sequence[int]], mask: Literal["bool"] | torch.dtype) -> torch.Tensor:

@@ -192,9 +192,9 @@ def _parquet(path: Path, name: str, limits: Limits) -> Iterator[Record]:
                 return
             # Few at a time: values that repeat are small in the file and whole in memory.
             for batch in file.iter_batches(batch_size=64):
-                for at in range(batch.num_rows):
-                    number += 1
-                    yield _arrow_row(batch, at, f"{name} row {number}", limits)
+                wheres = [f"{name} row {number + at}" for at in range(1, batch.num_rows + 1)]
+                number += batch.num_rows
+                yield from _arrow_rows(batch, wheres, limits)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = " ".join(str(error).replace(str(path), name).split())
         yield Record(f"{name} after row {number}", {}, f"is not readable as Parquet: {reason:.200}")
@@ -216,15 +216,18 @@ def _bomb(metadata: Any, limits: Limits) -> str | None:
     return None
 
 
-def _arrow_row(batch: Any, at: int, where: str, limits: Limits) -> Record:
-    names = batch.schema.names
-    if batch.slice(at, 1).nbytes > limits.row_bytes:
-        return Record(where, {}, f"is longer than {limits.row_bytes} bytes; shorten the row")
+def _arrow_rows(batch: Any, wheres: Sequence[str], limits: Limits) -> list[Record]:
+    if batch.nbytes > limits.row_bytes and batch.num_rows > 1:
+        return [_arrow_rows(batch.slice(at, 1), [where], limits)[0] for at, where in enumerate(wheres)]
+    if batch.nbytes > limits.row_bytes:
+        return [Record(wheres[0], {}, f"is longer than {limits.row_bytes} bytes; shorten the row")]
     try:
-        values = {name: batch.column(place)[at].as_py() for place, name in enumerate(names)}
+        rows = batch.to_pylist()
     except (ValueError, OverflowError) as error:  # text that is not UTF-8 among them
-        return Record(where, {}, f"has a value that cannot be read: {error!s:.200}")
-    return Record(where, _given(values))
+        if batch.num_rows > 1:
+            return [_arrow_rows(batch.slice(at, 1), [where], limits)[0] for at, where in enumerate(wheres)]
+        return [Record(wheres[0], {}, f"has a value that cannot be read: {error!s:.200}")]
+    return [Record(where, _given(row)) for where, row in zip(wheres, rows, strict=True)]
 
 
 def _given(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -79,12 +79,13 @@ class Encoder:
 
     @cached_property
     def header(self) -> int:
-        """How many tokens the chat template ends a prompt with to open the model's turn."""
+        """How many tokens a prompt ends with whatever was asked: they close the question and open the answer."""
         if self.template == "none":
             return 0
-        asked = [{"role": "user", "content": "?"}]
-        closed, opened = (self._apply(asked, "the chat template", opens=opens) for opens in (False, True))
-        return len(self._ids(opened.removeprefix(closed))) if opened.startswith(closed) else 0
+        first, second = (
+            self._ids(self._render([Message("user", asked)], "a question", opens=True)) for asked in "?!"
+        )
+        return _shared(first[::-1], second[::-1])
 
     def row(self, row: Row) -> Encoded:
         """Tokenize a row; the prompt's ids are what the server would send.
@@ -178,9 +179,6 @@ class Encoder:
             {"role": developer if turn.role == "developer" else turn.role, "content": turn.content}
             for turn in turns
         ]
-        return self._apply(chat, where, opens=opens)
-
-    def _apply(self, chat: list[dict[str, str]], where: str, *, opens: bool) -> str:
         if not self.tokenizer.chat_template:
             raise InvalidRequest("the base has no chat template; set `template: none` in the recipe")
         try:

@@ -14,6 +14,7 @@ nothing of files and of tokens.
 
 from __future__ import annotations
 
+import hashlib
 import reprlib
 import unicodedata
 from collections.abc import Callable, Collection, Mapping
@@ -43,14 +44,12 @@ class Row(NamedTuple):
     @property
     def key(self) -> str:
         """Equal for rows that ask the same thing, whatever their case and spacing."""
-        return _key(self.prompt)
+        return self.learnt[-1]
 
     @property
     def learnt(self) -> list[str]:
-        """The keys of everything that the row teaches an answer to: its last question and earlier ones."""
-        turns = enumerate(self.prompt)
-        earlier = [_key(self.prompt[:at]) for at, turn in turns if turn.role == "assistant" and turn.weight]
-        return [*earlier, self.key]
+        """The keys of everything that the row teaches an answer to: earlier questions and its last."""
+        return _questions(self.prompt)
 
 
 class Text(NamedTuple):
@@ -62,7 +61,7 @@ class Text(NamedTuple):
 
     @property
     def key(self) -> str:
-        return _normalized(self.text)
+        return hashlib.sha256(_normalized(self.text)).hexdigest()
 
     @property
     def learnt(self) -> list[str]:
@@ -80,7 +79,7 @@ class Pair(NamedTuple):
 
     @property
     def key(self) -> str:
-        return _key(self.prompt)
+        return _questions(self.prompt)[-1]
 
     @property
     def learnt(self) -> list[str]:
@@ -274,12 +273,19 @@ def _content(value: Any, place: str) -> str:
     return "\n".join(parts)
 
 
-def _normalized(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+def _normalized(text: str) -> bytes:
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split()).encode()
 
 
-def _key(turns: tuple[Message, ...]) -> str:
-    return "\0".join(f"{turn.role}:{_normalized(turn.content)}" for turn in turns)
+def _questions(turns: tuple[Message, ...]) -> list[str]:
+    """A digest of what comes before each learnt turn of the assistant, and of all."""
+    digest = hashlib.sha256()
+    found = []
+    for turn in turns:
+        if turn.role == "assistant" and turn.weight:
+            found.append(digest.hexdigest())
+        digest.update(f"{turn.role}:".encode() + _normalized(turn.content) + b"\0")
+    return [*found, digest.hexdigest()]
 
 
 _FORMS = (

@@ -66,7 +66,9 @@ def _count(share: float, groups: int, left_over: int, of: int | None = None) -> 
 
 def _groups(rows: Sequence[_Example]) -> list[str]:
     """For every row the least question of its group."""
-    parent = {row.key: row.key for row in rows}
+    learnt = [row.learnt for row in rows]
+    keys = [questions[-1] for questions in learnt]
+    parent = {key: key for key in keys}
 
     def root(key: str) -> str:
         while parent[key] != key:
@@ -74,11 +76,10 @@ def _groups(rows: Sequence[_Example]) -> list[str]:
             key = parent[key]
         return key
 
-    keys = [row.key for row in rows]
-    for row, key in zip(rows, keys, strict=True):
-        for learnt in row.learnt:
-            if learnt in parent:  # otherwise no row asks it
-                least, other = sorted((root(key), root(learnt)))
+    for key, questions in zip(keys, learnt, strict=True):
+        for question in questions:
+            if question in parent:  # otherwise no row asks it
+                least, other = sorted((root(key), root(question)))
                 parent[other] = least
     return [root(key) for key in keys]
 

@@ -8,7 +8,7 @@ leaves them out; `keep_end` and `keep_start` keep that part of the prompt.
 
 The rule for these: the prompt gives way to the answer, but not below half of max_length. What of the answer has no
 room then is cut off at its end, and its end-of-turn token with it; so an answer is never cut away wholly.
-`keep_start` also keeps the prompt's last `header` tokens, which open the model's turn.
+`keep_start` also keeps the prompt's last `header` tokens, which close the question and open the answer.
 """
 
 from __future__ import annotations
