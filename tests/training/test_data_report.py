@@ -55,7 +55,7 @@ def test_texts_and_pairs_have_rough_lengths() -> None:
 
 
 def test_encoded_rows_are_measured_before_and_after_cutting(tokenizer: Any) -> None:
-    encoder = Encoder(tokenizer, [2])
+    encoder = Encoder(tokenizer, [2], loss_on="assistant")
     encoded = [encoder.row(row) for row in ROWS]
     fitted = fit(encoded, 50, "keep_end", header=encoder.header)
     report = describe(

@@ -60,7 +60,7 @@ def templated(request: Any, tokenizer: Any) -> Any:
 
 
 def test_the_prompt_is_what_serving_sends_and_the_answer_ends_the_turn(templated: Any) -> None:
-    encoded = Encoder(templated, STOPS).row(Row(TALK, "third", "rows.jsonl:1"))
+    encoded = Encoder(templated, STOPS, loss_on="assistant").row(Row(TALK, "third", "rows.jsonl:1"))
     chat = [{"role": turn.role, "content": turn.content} for turn in TALK]
     served = templated.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     assert encoded.prompt == served
@@ -79,17 +79,19 @@ def test_the_server_sends_the_same_ids(tiny_base: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "expected"),
-    [("assistant", ["first<|im_end|>", "third<|im_end|>"]), ("last", ["third<|im_end|>"])],
+    ("loss_on", "expected"),
+    [("assistant", ["first<|im_end|>", "third<|im_end|>"]), ("answer", ["third<|im_end|>"])],
 )
-def test_learnt_turns_are_found_whatever_the_template(templated: Any, loss: Any, expected: list[str]) -> None:
-    encoded = Encoder(templated, STOPS, loss=loss).row(Row(TALK, "third", "rows.jsonl:1"))
+def test_learnt_turns_are_found_whatever_the_template(
+    templated: Any, loss_on: Any, expected: list[str]
+) -> None:
+    encoded = Encoder(templated, STOPS, loss_on=loss_on).row(Row(TALK, "third", "rows.jsonl:1"))
     assert learnt(encoded, templated) == expected
     assert encoded.learnt == sum(len(text) - len("<|im_end|>") + 1 for text in expected)
 
 
 def test_all_learns_everything_but_turns_of_weight_0(tokenizer: Any) -> None:
-    encoder = Encoder(tokenizer, STOPS, loss="all")
+    encoder = Encoder(tokenizer, STOPS, loss_on="all")
     encoded = encoder.row(Row(TALK, "third", "rows.jsonl:1"))
     first, last = learnt(encoded, tokenizer)
     assert first.startswith("system\ns<|im_end|>")  # but for the first token, which nothing predicts
@@ -104,8 +106,8 @@ def test_all_learns_everything_but_turns_of_weight_0(tokenizer: Any) -> None:
 def test_a_model_that_only_answers_cannot_learn_to_begin(tokenizer: Any) -> None:
     opens = Row((Message("assistant", "hi"), Message("user", "a")), "b", "rows.jsonl:3")
     with pytest.raises(InvalidRequest, match=r"rows.jsonl:3: messages\[0\] is the assistant's"):
-        Encoder(tokenizer, STOPS).row(opens)
-    assert learnt(Encoder(tokenizer, STOPS, loss="last").row(opens), tokenizer) == ["b<|im_end|>"]
+        Encoder(tokenizer, STOPS, loss_on="assistant").row(opens)
+    assert learnt(Encoder(tokenizer, STOPS, loss_on="answer").row(opens), tokenizer) == ["b<|im_end|>"]
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_row(tokenizer: Any) -> None:
@@ -119,8 +121,8 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_row(tokenize
         with pytest.raises(
             InvalidRequest, match=r"rows.jsonl:8: the chat template writes messages\[1\] otherwise"
         ):
-            Encoder(tokenizer, STOPS).row(talk)
-        assert learnt(Encoder(tokenizer, STOPS, loss="last").row(talk), tokenizer) == ["third<|im_end|>"]
+            Encoder(tokenizer, STOPS, loss_on="assistant").row(talk)
+        assert learnt(Encoder(tokenizer, STOPS, loss_on="answer").row(talk), tokenizer) == ["third<|im_end|>"]
     finally:
         tokenizer.chat_template = before
 
@@ -143,7 +145,7 @@ def merging_tokenizer() -> Any:
 def test_where_a_token_spans_the_border_an_answer_is_cut_apart_and_an_earlier_turn_has_it() -> None:
     tokenizer = merging_tokenizer()
     turns = (Message("user", "x"), Message("assistant", "ab"), Message("user", "y"))
-    encoded = Encoder(tokenizer, [0]).row(Row(turns, "ac", "rows.jsonl:1"))
+    encoded = Encoder(tokenizer, [0], loss_on="assistant").row(Row(turns, "ac", "rows.jsonl:1"))
     words = tokenizer.convert_ids_to_tokens
     assert words(encoded.prompt) == [*"[u]x", "<e>", "[", "a", "]a", "b", "<e>", *"[u]y", "<e>", *"[a]"]
     assert words(encoded.answer) == ["a", "c", "<e>"]
@@ -204,7 +206,7 @@ def test_a_pair_shares_its_prompt(tokenizer: Any) -> None:
     encoder = Encoder(tokenizer, STOPS)
     pair = encoder.pair(Pair(TALK, "good", "bad", "rows.jsonl:1"))
     for side, answer in zip(pair, ("good", "bad"), strict=True):
-        same = Encoder(tokenizer, STOPS, loss="last").row(Row(TALK, answer, "rows.jsonl:1"))
+        same = Encoder(tokenizer, STOPS, loss_on="answer").row(Row(TALK, answer, "rows.jsonl:1"))
         assert side == same
     assert pair.length == pair.chosen.length
 
@@ -240,7 +242,7 @@ def test_the_default_base_learns_the_assistants_turns(system: tuple[Message, ...
     from veneer.engine.source import resolve
 
     tokenizer = AutoTokenizer.from_pretrained(resolve(None))
-    encoder = Encoder(tokenizer, STOPS)
+    encoder = Encoder(tokenizer, STOPS, loss_on="assistant")
     turns = (*system, *TALK[1:4])
     encoded = encoder.row(Row(turns, "\nthird", "rows.jsonl:1"))
     assert learnt(encoded, tokenizer) == ["first<|im_end|>", "\nthird<|im_end|>"]

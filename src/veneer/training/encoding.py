@@ -1,14 +1,14 @@
 """Examples to token ids, exactly as serving makes them, with the tokens marked that are learnt. No torch here.
 
-    encoder = Encoder(tokenizer, stops, template="chat", loss="assistant")
+    encoder = Encoder(tokenizer, stops, template="chat", loss_on="assistant")
     encoded = [encoder.row(row) for row in rows]  # or .text(text), .pair(pair); of any length
 
 `tokenizer` is transformers' (the base's, or an adapter's own), `stops` the tokens that end the model's turn, first
 the one to add where the template adds none. What is too long is `truncation.py`'s.
 
-Which tokens are learnt (`loss`): `assistant` all turns of the assistant of weight 1; `last` only the last of them;
-`all` every token but those of turns of weight 0. A turn ends with the first stop token after it. Turns are found by
-rendering what comes before them, never by looking for a template's words.
+Which tokens are learnt (`loss_on`): `answer` the row's answer, the last turn of weight 1; `assistant` all turns of
+the assistant of weight 1; `all` every token but those of turns of weight 0. A turn ends with the first stop token
+after it. Turns are found by rendering what comes before them, never by looking for a template's words.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from veneer.training.formats import Message, Pair, Row, Text
 
 IGNORED = -100  # the label that cross-entropy skips
 
-Loss = Literal["assistant", "last", "all"]
+LossOn = Literal["answer", "assistant", "all"]
 
 
 class Encoded(NamedTuple):
@@ -75,7 +75,7 @@ class Encoder:
     tokenizer: Any
     stops: Sequence[int]
     template: Literal["chat", "none"] = "chat"
-    loss: Loss = "assistant"
+    loss_on: LossOn = "answer"
 
     @cached_property
     def header(self) -> int:
@@ -135,9 +135,9 @@ class Encoder:
 
     def _mask(self, row: Row, text: str, prompt: list[int]) -> bytes:
         """One byte for each token of the prompt, 1 for those that are learnt."""
-        mask = bytearray(b"\1" if self.loss == "all" else b"\0") * len(prompt)
+        mask = bytearray(b"\1" if self.loss_on == "all" else b"\0") * len(prompt)
         for place, turn in enumerate(row.prompt):
-            wanted = {"assistant": turn.weight == 1, "last": False, "all": turn.weight == 0}[self.loss]
+            wanted = {"assistant": turn.weight == 1, "answer": False, "all": turn.weight == 0}[self.loss_on]
             if turn.role == "assistant" and wanted:
                 start, end = self._span(row, place, text, prompt)
                 mask[start:end] = (b"\1" if turn.weight else b"\0") * (end - start)
@@ -151,14 +151,14 @@ class Encoder:
         if place == 0 and row.prompt[0].weight:
             raise InvalidRequest(
                 f"{row.where}: messages[0] is the assistant's, but a model only answers; give it weight 0, or use "
-                "`loss: last`"
+                "`loss_on: answer`"
             )
         before = self._render(row.prompt[:place], row.where, opens=True) if place else ""
         after = self._render(row.prompt[: place + 1], row.where)
         if not (after.startswith(before) and text.startswith(after)):
             raise InvalidRequest(
                 f"{row.where}: the chat template writes messages[{place}] otherwise once others follow, so it "
-                "cannot be learnt as it is generated; use `loss: last`, or give earlier answers weight 0"
+                "cannot be learnt as it is generated; use `loss_on: answer`, or give earlier answers weight 0"
             )
         start, end = (_shared(self._ids(part), prompt) for part in (before, after))
         stop = self._end(prompt[start:end])

@@ -74,7 +74,7 @@ def _fit(
         first = rows[long[0]]
         raise InvalidRequest(
             f"{len(long)} rows are longer than max_length {max_length}, first {_where(first)} with "
-            f"{first.length} tokens; raise max_length, shorten them, or choose another policy for long rows"
+            f"{first.length} tokens; raise max_length, shorten them, or choose what else to do with `overlong`"
         )
     if policy == "drop":
         if rows and len(long) == len(rows):
@@ -135,5 +135,5 @@ def encode_all(
     max_length: int,
 ) -> list[Encoded]:
     """Encode rows for their last answer, refusing those that are longer than `max_length` tokens."""
-    encoder = Encoder(tokenizer, stops, template, loss="last")
+    encoder = Encoder(tokenizer, stops, template)
     return fit([encoder.row(row) for row in rows], max_length, "refuse").rows
