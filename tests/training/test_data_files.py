@@ -13,8 +13,9 @@ import pytest
 
 from veneer.errors import InvalidRequest
 from veneer.training.data import read_rows, scan, validate
-from veneer.training.data_files import Limits, Record, records
+from veneer.training.data_files import records
 from veneer.training.formats import Row
+from veneer.training.records import Limits, Record
 
 GOOD = b'{"prompt": "p", "completion": "c"}\n'
 
@@ -160,6 +161,45 @@ def test_a_parquet_that_unpacks_to_much_is_refused(tmp_path: Path) -> None:
     (found,) = read(path, rows=99)
     assert "has 100 rows; at most 99 are taken" in str(found.fault)
     assert {"is longer than 99999 bytes; shorten the row"} == {r.fault for r in read(path, row_bytes=99_999)}
+
+
+def test_a_text_that_repeats_is_not_written_out(tmp_path: Path) -> None:
+    """24 kB that stand for 50 GB in one row, after a row that is right."""
+    count, text = 100_000, pa.array(["x" * 500_000, "p"])
+    contents = pa.DictionaryArray.from_arrays(pa.array([1] + [0] * count, pa.int32()), text)
+    roles = pa.array(["assistant"] * (count + 1))
+    messages = pa.StructArray.from_arrays([roles, contents], ["role", "content"])
+    rows = pa.ListArray.from_arrays(pa.array([0, 1, count + 1], pa.int32()), messages)
+    path = write_parquet(tmp_path / "a.parquet", {"messages": rows})
+    assert path.stat().st_size < 100_000
+    good, bomb = read(path)
+    assert good.fields == {"messages": [{"role": "assistant", "content": "p"}]}
+    assert bomb.fault == f"is longer than {16 << 20} bytes; shorten the row"
+    (found,) = read(path, file_bytes=1_000_000)
+    assert "holds 100001 values in one column of a row group; at most 62500 are taken" in str(found.fault)
+
+
+def test_a_column_of_a_strange_type_is_refused(tmp_path: Path) -> None:
+    table = {"text": ["t"], "more": pa.array([[("a", "b")]], pa.map_(pa.string(), pa.string()))}
+    (found,) = read(write_parquet(tmp_path / "a.parquet", table))
+    assert "column more is of type map<" in str(found.fault)
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(twice, tmp_path / "a.parquet")
+    (found,) = read(tmp_path / "a.parquet")
+    assert found.fault == "names column text twice"
+
+
+def test_every_kind_of_text_and_list_is_read(tmp_path: Path) -> None:
+    for kind in (pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())):
+        (found,) = read(write_parquet(tmp_path / "a.parquet", {"text": pa.array(["t"], kind)}))
+        assert found.fields == {"text": "t"}
+    message = pa.struct([("role", pa.string()), ("content", pa.string()), ("weight", pa.int64())])
+    value = [{"role": "user", "content": "u", "weight": None}]
+    for kind in (pa.list_(message), pa.large_list(message)):
+        (found,) = read(write_parquet(tmp_path / "a.parquet", {"messages": pa.array([value], kind)}))
+        assert found.fields == {"messages": value}
+    number = pa.array([1.5], pa.float64())
+    assert read(write_parquet(tmp_path / "a.parquet", {"text": number}))[0].fields == {"text": 1.5}
 
 
 def test_parquet_without_pyarrow_says_what_to_install(

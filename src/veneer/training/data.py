@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import NamedTuple, TypedDict, TypeVar, Unpack, get_args
 
 from veneer.errors import InvalidRequest
-from veneer.training.data_files import Limits, records
+from veneer.training.data_files import records
 from veneer.training.encoding import Encoded
 from veneer.training.formats import BadRow, Example, Format, Message, Pair, Row, Text, find_form
+from veneer.training.records import Limits
 from veneer.training.splitting import check_apart, split_rows
 from veneer.training.truncation import encode_all
 

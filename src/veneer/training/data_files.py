@@ -2,38 +2,21 @@
 
 The kind follows the name's ending. A record is a row's fields, or why there are none; what the fields mean is
 `formats.py`'s. Files are hostile input: a wrong row is a faulty record and the next one is read; what makes the
-rest unreadable is a faulty record and the end. Memory is bounded by some times `Limits.row_bytes`, but for one
-case: Parquet can repeat a long value in few bytes, so a stranger's is read where memory is limited otherwise.
-Parquet needs `pip install 'veneer[parquet]'`.
+rest unreadable is a faulty record and the end. Memory is bounded by some times `Limits.row_bytes`.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import msgspec
 
 from veneer.errors import InvalidRequest
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a file may take. A file beyond them is refused before it is read, a row while it is."""
-
-    file_bytes: int = 1 << 30  # also of what a Parquet file says it holds when it is unpacked
-    row_bytes: int = 16 << 20
-    rows: int = 10_000_000
-
-
-class Record(NamedTuple):
-    where: str
-    fields: Mapping[str, Any]  # nulls left out
-    fault: str | None = None  # why there are no fields
+from veneer.training.parquet import parquet
+from veneer.training.records import Limits, Record, given
 
 
 def records(path: Path, name: str, limits: Limits) -> Iterator[Record]:
@@ -42,8 +25,9 @@ def records(path: Path, name: str, limits: Limits) -> Iterator[Record]:
     Raises:
         InvalidRequest: the file cannot be opened, is too large, or of no known kind.
     """
-    kinds = {".jsonl": _json_lines, ".ndjson": _json_lines, ".csv": _csv, ".parquet": _parquet}
-    kind: Callable[[Path, str, Limits], Iterator[Record]] | None = kinds.get(Path(name).suffix.lower())
+    kinds: dict[str, Callable[[Path, str, Limits], Iterator[Record]]]
+    kinds = {".jsonl": _json_lines, ".ndjson": _json_lines, ".csv": _csv, ".parquet": parquet}
+    kind = kinds.get(Path(name).suffix.lower())
     if kind is None:
         raise InvalidRequest(
             f"data file {name!r} must end in {', '.join(kinds)}; a list in a .json file becomes JSON lines with "
@@ -94,7 +78,7 @@ def _parsed(line: bytes, where: str) -> Record:
     if not isinstance(found, dict):
         kind = {"list": "a list", "str": "text"}.get(type(found).__name__, type(found).__name__)
         return Record(where, {}, f"must be a JSON object, not {kind}; write one object on each line")
-    return Record(where, _given(found))
+    return Record(where, given(found))
 
 
 def _csv(path: Path, name: str, limits: Limits) -> Iterator[Record]:
@@ -173,62 +157,3 @@ def _text_fault(text: str) -> str | None:
     except UnicodeEncodeError:
         return "is not UTF-8; save the file as UTF-8"
     return None
-
-
-def _parquet(path: Path, name: str, limits: Limits) -> Iterator[Record]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise InvalidRequest(
-            f"data file {name!r}: Parquet needs pyarrow, which is not installed; run "
-            "`pip install 'veneer[parquet]'`, or send JSON lines"
-        ) from error
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if fault := _bomb(file.metadata, limits):
-                yield Record(name, {}, fault)
-                return
-            # Few at a time: values that repeat are small in the file and whole in memory.
-            for batch in file.iter_batches(batch_size=64):
-                wheres = [f"{name} row {number + at}" for at in range(1, batch.num_rows + 1)]
-                number += batch.num_rows
-                yield from _arrow_rows(batch, wheres, limits)
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        reason = " ".join(str(error).replace(str(path), name).split())
-        yield Record(f"{name} after row {number}", {}, f"is not readable as Parquet: {reason:.200}")
-
-
-def _bomb(metadata: Any, limits: Limits) -> str | None:
-    """A small file can say that it holds much."""
-    groups = [metadata.row_group(at) for at in range(metadata.num_row_groups)]
-    size = sum(group.total_byte_size for group in groups)
-    if size > limits.file_bytes:
-        return f"holds {size} bytes when it is unpacked; at most {limits.file_bytes} are taken"
-    if metadata.num_rows > limits.rows:
-        return f"has {metadata.num_rows} rows; at most {limits.rows} are taken: split the file"
-    values = max(
-        (group.column(at).num_values for group in groups for at in range(group.num_columns)), default=0
-    )
-    if values > limits.file_bytes:
-        return f"holds {values} values in a column; at most {limits.file_bytes} are taken"
-    return None
-
-
-def _arrow_rows(batch: Any, wheres: Sequence[str], limits: Limits) -> list[Record]:
-    if batch.nbytes > limits.row_bytes and batch.num_rows > 1:
-        return [_arrow_rows(batch.slice(at, 1), [where], limits)[0] for at, where in enumerate(wheres)]
-    if batch.nbytes > limits.row_bytes:
-        return [Record(wheres[0], {}, f"is longer than {limits.row_bytes} bytes; shorten the row")]
-    try:
-        rows = batch.to_pylist()
-    except (ValueError, OverflowError) as error:  # text that is not UTF-8 among them
-        if batch.num_rows > 1:
-            return [_arrow_rows(batch.slice(at, 1), [where], limits)[0] for at, where in enumerate(wheres)]
-        return [Record(wheres[0], {}, f"has a value that cannot be read: {error!s:.200}")]
-    return [Record(where, _given(row)) for where, row in zip(wheres, rows, strict=True)]
-
-
-def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if value is not None}
