@@ -7,6 +7,7 @@ as much memory as the page says it needs, up to 2 GiB.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,10 @@ def _checked(metadata: Any, limits: Limits) -> tuple[list[str], str | None]:
 
 def _strange(schema: Any) -> str | None:
     """A column that is there twice, or of a type whose size could not be told and that no format has a use for."""
+    twice = [name for name, count in Counter(schema.names).items() if count > 1]
+    if twice:
+        return f"names column {twice[0]:.60} twice"
     for field in schema:
-        if schema.names.count(field.name) > 1:
-            return f"names column {field.name:.60} twice"
         if not _is_known(field.type):
             return (
                 f"column {field.name:.60} is of type {field.type!s:.60}, which cannot be read; leave it out"
