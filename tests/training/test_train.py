@@ -73,7 +73,7 @@ def test_the_report_says_what_was_done(trained: Path) -> None:
     report = json.loads(text)
     assert report["base"] == "tiny-base"
     assert str(trained.parent) not in text
-    assert report["data"] == {"training_rows": 2, "held_out_rows": 2}
+    assert (report["data"]["rows"], report["held_out_rows"]) == (2, 2)
     assert report["before"]["rows"] == report["after"]["rows"] == 2
     assert len(report["after"]["mistakes"]) == 2 - report["after"]["correct"]
     assert report["training"]["steps"] == 40
@@ -88,6 +88,7 @@ def test_the_files_load_in_peft_and_the_answers_are_learnt(trained: Path, tiny_b
     assert sorted(path.name for path in trained.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "data.png",
         "loss.csv",
         "loss.png",
         "report.json",

@@ -37,6 +37,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     cuda_graphs: str = "all"  # decode | all: also steps with prompt chunks, or dense or sparse changes
     lookahead: bool | None = None  # launch a step before the last one's tokens are known; None = on CUDA
     threads: int | None = None  # CPU threads for torch
+    base_name: str = ""  # what trained adapters call their base; "" = the model's folder
     training_share: float = 0.5  # of the processor's time, while requests run beside a training job
     training_latency: float = (
         1.5  # on CUDA: time between tokens beside a job over that without; bounds the share

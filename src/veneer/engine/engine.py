@@ -35,7 +35,7 @@ from veneer.engine.probe import EffectProbe
 from veneer.engine.runner import Launched, Runner, kv_page_bytes
 from veneer.engine.scheduler import Scheduler
 from veneer.engine.sequence import Sequence
-from veneer.errors import DeadlineExceeded, VeneerError
+from veneer.errors import DeadlineExceeded, InvalidRequest, VeneerError
 from veneer.kernels.backend import resolve
 
 logger = logging.getLogger(__name__)
@@ -146,6 +146,8 @@ class Engine:
                 case messages.PinAdapter(call=call, key=key, pinned=pinned):
                     self.residency.pin(key, pinned)
                     return [Done(call=call)]
+                case messages.StartJob() | messages.StopJob():
+                    raise InvalidRequest("this engine process does not train; start veneer.training.process")
                 case messages.Shutdown():
                     raise SystemExit(0)
         except VeneerError as error:
@@ -296,6 +298,7 @@ class Engine:
             budget = GIB
             if self.base.device.type == "cuda":
                 free, _ = torch.cuda.mem_get_info(self.base.device)
+                free -= self.config.training_memory or 0
                 budget = int(free * 0.9)  # the rest is for activations
         if budget < page:
             raise ValueError(f"--kv-cache-memory {budget} bytes hold no page; one page is {page} bytes")
@@ -377,6 +380,8 @@ def _refusal(request: messages.Request, error: VeneerError) -> messages.Reply:
             return AdapterChecked(call=call, error=wire)
         case messages.DropAdapter(call=call) | messages.PinAdapter(call=call):
             return Done(call=call, error=wire)
+        case messages.StartJob(id=job) | messages.StopJob(id=job):
+            return messages.JobReport(id=job, kind="failed", error=wire)
         case _:
             raise error
 

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 
 import msgspec
 import zmq
@@ -24,12 +25,13 @@ IDLE_POLL = 100  # milliseconds; also how soon the parent's death is noticed
 BLOCKED_POLL = 5  # milliseconds, while sequences wait and nothing can run
 
 
-def main() -> None:
+def start(make: Callable[[str, EngineConfig], Loop]) -> None:
+    """Read what the parent sent, and run until it ends."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s engine %(levelname)s %(message)s")
     # Ctrl-C reaches the whole group; the server decides when the engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
-    Loop(sys.argv[1], config).run()
+    make(sys.argv[1], config).run()
 
 
 class Loop:
@@ -55,7 +57,7 @@ class Loop:
         while os.getppid() == self._parent:
             waiting = BLOCKED_POLL if self._engine.has_work else IDLE_POLL
             self._receive(0 if ran else waiting)
-            replies, ran = self._engine.step()
+            replies, ran = self._step()
             for reply in replies:
                 self._send(reply)
             self._report()
@@ -69,8 +71,14 @@ class Loop:
                 raw = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            for reply in self._engine.handle(messages.request_decoder.decode(raw)):
+            for reply in self._handle(messages.request_decoder.decode(raw)):
                 self._send(reply)
+
+    def _handle(self, request: messages.Request) -> list[messages.Reply]:
+        return self._engine.handle(request)
+
+    def _step(self) -> tuple[list[messages.Reply], bool]:
+        return self._engine.step()
 
     def _report(self) -> None:
         now = time.monotonic()
@@ -89,4 +97,4 @@ class Loop:
 
 
 if __name__ == "__main__":
-    main()
+    start(Loop)

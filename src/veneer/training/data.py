@@ -19,28 +19,8 @@ from typing import NamedTuple, TypedDict, TypeVar, Unpack, get_args
 
 from veneer.errors import InvalidRequest
 from veneer.training.data_files import records
-from veneer.training.encoding import Encoded
-from veneer.training.formats import BadRow, Example, Format, Message, Pair, Row, Text, find_form
+from veneer.training.formats import BadRow, Example, Format, Pair, Row, Text, find_form
 from veneer.training.records import Limits
-from veneer.training.splitting import check_apart, split_rows
-from veneer.training.truncation import encode_all
-
-# What training/train.py and evaluation.py still import from here has its own modules now.
-__all__ = [
-    "Encoded",
-    "Fault",
-    "Message",
-    "Row",
-    "Validation",
-    "check_apart",
-    "encode_all",
-    "read_pairs",
-    "read_rows",
-    "read_texts",
-    "scan",
-    "split_rows",
-    "validate",
-]
 
 FAULTS_SHOWN = 20
 

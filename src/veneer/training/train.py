@@ -1,169 +1,194 @@
-"""`veneer train RECIPE.yaml`: makes a LoRA adapter with PEFT and measures it on held-out rows.
+"""`veneer train RECIPE.yaml`: makes an adapter and measures it on held-out rows.
 
-Read from the top: recipe → rows → base → exact match before → steps → exact match after → files. The loop is
-plain PyTorch over PEFT's model, reproducible from the recipe's seed on one machine. The output folder gets
+Read from the top: recipe → base → rows → exact match before → steps → exact match after → files. The steps are
+those of a fine-tuning job (job.py), on a base of this process; answers come from an engine on the same base. The
+output folder gets
 
-    adapter_config.json  adapter_model.safetensors  loss.csv  loss.png  report.json
+    adapter_config.json  adapter_model.safetensors  loss.csv  loss.png  data.png  report.json
+
+and while it trains `.training`, from which an interrupted run goes on. From Python: `main(Path("recipe.yaml"))`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import random
+import shutil
 import sys
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from veneer.adapters.names import CONFIG_FILE, FILES
+from veneer.engine.base import Base, load_base, resolve_device, resolve_dtype, resolve_nf4_kernels
 from veneer.engine.source import resolve, served_name
-from veneer.errors import Conflict, InvalidRequest, VeneerError
-from veneer.training.data import Encoded, Row, check_apart, encode_all, read_rows, split_rows
-from veneer.training.evaluation import ExactMatch, exact_match, pad
+from veneer.errors import Conflict, VeneerError
+from veneer.training.answers import Answers
+from veneer.training.control import Control
+from veneer.training.evaluation import ExactMatch, exact_match
+from veneer.training.job import Prepared, Resident, prepare, run, write_report
 from veneer.training.recipe import Recipe, read_recipe
-from veneer.training.report import Step, match_report, versions, write_losses
+from veneer.training.report import match_report, versions
+from veneer.training.trainer import Result
 
-_IGNORED = -100  # the label that cross-entropy skips
-_FILES = ("loss.csv", "loss.png", "report.json", "adapter_model.safetensors", "adapter_config.json")
+WORK = ".training"
+_EXTRA = ("loss.csv", "loss.png", "data.png", "report.json")
 
 
 def main(recipe_path: Path, *, overwrite: bool = False) -> Path:
     """Train what the recipe says and return the output folder.
 
     Raises:
-        InvalidRequest: the recipe, the data or the base is wrong; nothing has been written.
+        InvalidRequest: the recipe, the data or the base is wrong; no adapter has been written.
         Conflict: the output folder holds an adapter and `overwrite` is not set.
     """
     recipe = read_recipe(recipe_path)
-    if (recipe.output / "adapter_config.json").exists() and not overwrite:
+    if (recipe.output / CONFIG_FILE).exists() and not overwrite:
         raise Conflict(
             f"{str(recipe.output)!r} already holds an adapter; choose another output or --overwrite"
         )
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for _deterministic; read at first use
-    training_rows, test_rows = _rows(recipe)
     folder = resolve(recipe.base, revision=recipe.revision)
-    tokenizer, base, stops = load_base(recipe, folder)
-    training = encode_all(training_rows, tokenizer, recipe.template, stops, recipe.max_length)
-    test = encode_all(test_rows, tokenizer, recipe.template, stops, recipe.max_length)
-    model = add_lora(base, recipe)
-
-    def measure(title: str) -> ExactMatch:
-        settings = recipe.evaluation
-        with tqdm(total=len(test), desc=title, unit="row", disable=not test) as bar:
-            return exact_match(
-                model,
-                tokenizer,
-                test_rows,
-                test,
-                stops,
-                max_new_tokens=settings.max_new_tokens,
-                batch_size=settings.batch_size,
-                on_batch=bar.update,
-            )
-
-    with model.disable_adapter():
-        before = measure("exact match before")
-    with _deterministic(model.device):
-        steps = _train(model, training, recipe, stops[0])
-    _round_to(model, recipe.save_dtype)
-    after = measure("exact match after")
-    report = {
-        "base": served_name(recipe.base),
-        "recipe": _public(recipe),
-        "data": {"training_rows": len(training), "held_out_rows": len(test)},
-        "before": match_report(before),
-        "after": match_report(after),
-        "training": _training_report(steps, model),
-        "device": _device_name(model.device),
-        "dtype": str(base.dtype).removeprefix("torch."),
-        "versions": versions(),
-    }
-    _write(model, recipe, steps, report)
-    if test:
+    resident = Resident(_load(recipe, folder), folder, served_name(recipe.base))
+    files = {"training": recipe.data, "validation": recipe.validation_data, "test": recipe.test_data}
+    prepared = prepare(
+        recipe,
+        resident,
+        {name: path for name, path in files.items() if path is not None},
+        recipe.test_fraction,
+    )
+    print(prepared.report)
+    with _Measure(recipe, resident, prepared) as measure, _work_folder(recipe) as work:
+        before = measure("exact match before", None)
+        with _deterministic(resident.base.device), _Bar() as control:
+            result, trained = run(recipe, resident, prepared, work, control)
+        after = measure("exact match after", result.folder)
+        _finish(recipe, resident, prepared, work, result, trained, before, after)
+    if after.rows:
         print(
             f"exact match on {after.rows} held-out rows: {before.share:.1%} before, {after.share:.1%} after"
         )
     return recipe.output
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    return f"{device.type}, {torch.get_num_threads()} threads"
+def _finish(
+    recipe: Recipe,
+    resident: Resident,
+    prepared: Prepared,
+    work: Path,
+    result: Result,
+    trained: dict[str, Any],
+    before: ExactMatch,
+    after: ExactMatch,
+) -> None:
+    report = {
+        "base": resident.name,
+        "recipe": _public(recipe),
+        "data": prepared.report.to_dict(),
+        "held_out_rows": len(prepared.examples.test),
+        "before": match_report(before),
+        "after": match_report(after),
+        "training": {**trained, "result_step": result.step, "ended": result.why},
+        "device": _device_name(resident.base.device),
+        "dtype": str(resident.base.dtype).removeprefix("torch."),
+        "versions": versions(),
+    }
+    write_report(work, report)
+    _put_in_place(work, result.folder, recipe.output)
 
 
-def _rows(recipe: Recipe) -> tuple[list[Row], list[Row]]:
-    rows = read_rows(recipe.data)
-    if recipe.test_data is not None:
-        held_out = read_rows(recipe.test_data)
-        check_apart(rows, held_out)
-    elif recipe.test_fraction is not None:
-        rows, held_out = split_rows(rows, recipe.test_fraction, recipe.seed)
-    else:
-        held_out = []
-    return rows, held_out[: recipe.evaluation.rows]
-
-
-def load_base(recipe: Recipe, folder: Path) -> tuple[Any, Any, list[int]]:
-    """Tokenizer, frozen base on its device, and the tokens that end the model's turn."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from veneer.engine.base import forbid_repacking, quantization_config, resolve_device, resolve_dtype
-
+def _load(recipe: Recipe, folder: Path) -> Base:
     device = resolve_device(recipe.device)
     dtype = resolve_dtype(recipe.dtype, device)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    try:
-        base = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map={"": device},
-            quantization_config=quantization_config(recipe.quantization, dtype),
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise InvalidRequest(f"base {served_name(recipe.base)!r} cannot be loaded: {error}") from error
-    forbid_repacking(base)
-    configured = base.generation_config.eos_token_id
-    stops = configured if isinstance(configured, list) else [configured]
-    stops = [stop for stop in dict.fromkeys([tokenizer.eos_token_id, *stops]) if stop is not None]
-    if not stops:
-        raise InvalidRequest(
-            f"base {served_name(recipe.base)!r} has no end-of-text token, so answers cannot end"
-        )
-    return tokenizer, base, stops
-
-
-def add_lora(base: Any, recipe: Recipe) -> Any:
-    """Wrap the base with PEFT; the same seed gives the same first weights."""
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(recipe.seed)
-    lora = recipe.adapter
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        use_rslora=lora.kind == "rslora",
-        target_modules=lora.targets,
+    return load_base(
+        folder,
+        quantization=recipe.quantization,
+        dtype=dtype,
+        device=device,
+        own_kernels=resolve_nf4_kernels("auto", recipe.quantization, dtype, device),
     )
+
+
+@contextmanager
+def _work_folder(recipe: Recipe) -> Iterator[Path]:
+    """Where the training keeps its state: that of an interrupted run of the same recipe, or a new one.
+
+    A training that fails leaves nothing, so that it can be tried again.
+    """
+    work = recipe.output / WORK
+    mark = json.dumps({**_public(recipe), "data_bytes": recipe.data.stat().st_size}, sort_keys=True)
+    if not (work / "recipe.json").exists() or (work / "recipe.json").read_text() != mark:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        (work / "recipe.json").write_text(mark)
     try:
-        model = get_peft_model(base, config)
-    except ValueError as error:
-        raise InvalidRequest(f"adapter.targets {lora.targets!r}: {error}") from error
-    config.target_modules = sorted(config.target_modules or ())  # a set's order changes from run to run
-    # The file names the public base; a path of this machine means nothing elsewhere.
-    config.base_model_name_or_path = served_name(recipe.base)
-    return model
+        yield work
+    except VeneerError:
+        shutil.rmtree(work)
+        with suppress(OSError):
+            recipe.output.rmdir()  # nothing else is in it
+        raise
+
+
+class _Measure:
+    """Exact match on the held-out rows, of the base or of an adapter's folder. A context manager."""
+
+    def __init__(self, recipe: Recipe, resident: Resident, prepared: Prepared) -> None:
+        self._settings = recipe.evaluation
+        self._decode = prepared.tokenizer.decode
+        is_answered = recipe.method == "supervised"
+        self._rows = prepared.examples.test[: self._settings.rows] if is_answered else []
+        self._prompts = [each.prompt for each in prepared.encode(self._rows)] if self._rows else []
+        longest = max(map(len, self._prompts), default=1) + self._settings.max_new_tokens
+        self._answers = (
+            Answers(resident.base, resident.folder, longest=longest, batch_size=self._settings.batch_size)
+            if self._rows
+            else None
+        )
+
+    def __enter__(self) -> _Measure:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._answers is not None:
+            self._answers.__exit__(None, None, None)
+
+    def __call__(self, title: str, adapter: Path | None) -> ExactMatch:
+        if self._answers is None:
+            return ExactMatch(0, 0, ())
+        key = None if adapter is None else self._answers.add(adapter)
+        with tqdm(total=len(self._rows), desc=title, unit="row") as bar:
+            tokens = self._answers.generate(self._prompts, key, self._settings.max_new_tokens, bar.update)
+        return exact_match(self._rows, [self._decode(each, skip_special_tokens=True) for each in tokens])
+
+
+class _Bar:
+    """A training's control that shows a progress bar and never waits. A context manager."""
+
+    def __enter__(self) -> Control:
+        self._bar = tqdm(desc="training", unit="step")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def turn(self) -> None:
+        pass
+
+    def report(self, kind: str, message: str = "", **data: Any) -> None:
+        if kind == "progress":
+            self._bar.total = data["total_steps"]
+            rate = data["tokens"] / max(data["seconds"], 1e-9)
+            valid = f", validation {data['valid_loss']:.3f}" if "valid_loss" in data else ""
+            text = f"loss {data['train_loss']:.3f}{valid}, {rate:.0f} tokens/s"
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(data["step"] - self._bar.n)
+        elif kind == "notice":
+            self._bar.write(message)
 
 
 @contextmanager
@@ -180,70 +205,10 @@ def _deterministic(device: torch.device) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def _batches(count: int, recipe: Recipe) -> Iterator[list[int]]:
-    """Batches of row numbers: every epoch is shuffled anew from the seed, the last batch may be short."""
-    shuffle = random.Random(recipe.seed)
-    while True:
-        order = list(range(count))
-        shuffle.shuffle(order)
-        for start in range(0, count, recipe.batch_size):
-            yield order[start : start + recipe.batch_size]
-
-
-def _train(model: Any, rows: Sequence[Encoded], recipe: Recipe, padding: int) -> list[Step]:
-    """Run the optimizer's steps with a progress bar; returns one record for each.
-
-    Raises:
-        InvalidRequest: the loss stopped being a number.
-    """
-    from transformers import get_scheduler
-
-    total = recipe.steps or max(1, round((recipe.epochs or 0) * -(-len(rows) // recipe.batch_size)))
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    kind = "constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule
-    schedule = get_scheduler(kind, optimizer, recipe.warmup_steps, total)
-    torch.manual_seed(recipe.seed)  # for dropout
-    model.train()
-    steps: list[Step] = []
-    tokens, begin = 0, time.monotonic()
-    batches = _batches(len(rows), recipe)
-    with tqdm(total=total, desc="training", unit="step") as bar:
-        while len(steps) < total:
-            rate = schedule.get_last_lr()[0]
-            loss, count = _backward(model, [rows[place] for place in next(batches)], padding)
-            if not math.isfinite(loss):
-                raise InvalidRequest(
-                    f"the loss is {loss} at step {len(steps) + 1}, so training has failed; lower "
-                    f"learning_rate ({recipe.learning_rate}) or add warmup_steps"
-                )
-            torch.nn.utils.clip_grad_norm_(weights, recipe.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            tokens += count
-            seconds = time.monotonic() - begin
-            steps.append(Step(len(steps) + 1, loss, rate, tokens, seconds))
-            bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:.0f} tokens/s", refresh=False)
-            bar.update()
-    return steps
-
-
-def _backward(model: Any, rows: Sequence[Encoded], padding: int) -> tuple[float, int]:
-    """Add one batch's gradients; returns its loss and how many tokens it holds without padding."""
-    ids, mask = pad([row.prompt + row.answer for row in rows], padding)
-    labels, _ = pad([[_IGNORED] * len(row.prompt) + row.answer for row in rows], _IGNORED)
-    device = model.device
-    loss = model(input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device)).loss
-    loss.backward()
-    return loss.item(), int(mask.sum())
-
-
-def _round_to(model: Any, dtype: str) -> None:
-    """Round the adapter to the precision of its file, so that what is measured is what is saved."""
-    for weight in model.parameters():
-        if weight.requires_grad:
-            weight.data = weight.data.to(getattr(torch, dtype)).to(weight.dtype)
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{device.type}, {torch.get_num_threads()} threads"
 
 
 def _public(recipe: Recipe) -> dict[str, Any]:
@@ -254,40 +219,17 @@ def _public(recipe: Recipe) -> dict[str, Any]:
     return {**fields, **names, "base": served_name(recipe.base)}
 
 
-def _training_report(steps: Sequence[Step], model: Any) -> dict[str, Any]:
-    last = steps[-1]
-    return {
-        "steps": last.step,
-        "tokens": last.tokens,
-        "seconds": round(last.seconds, 1),
-        "tokens_per_second": round(last.tokens / last.seconds, 1),
-        "first_loss": round(steps[0].loss, 4),
-        "last_loss": round(last.loss, 4),
-        "trainable_parameters": sum(w.numel() for w in model.parameters() if w.requires_grad),
-    }
-
-
-def _write(model: Any, recipe: Recipe, steps: Sequence[Step], report: dict[str, Any]) -> None:
-    """Write everything beside its place, then move it in; adapter_config.json goes first and comes last,
-    so that an interruption never leaves one run's config beside another run's weights."""
-    dtype = getattr(torch, recipe.save_dtype)
-    for weight in model.parameters():
-        if weight.requires_grad:
-            weight.data = weight.data.to(dtype)
-    recipe.output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=recipe.output, prefix=".partial-") as name:
-        partial = Path(name)
-        model.save_pretrained(partial, save_embedding_layers=False)
-        write_losses(steps, partial)
-        (partial / "report.json").write_text(
-            json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        (recipe.output / "adapter_config.json").unlink(missing_ok=True)
-        for file in _FILES:
-            (partial / file).chmod(0o644)  # safetensors writes 0600
-            with (partial / file).open("rb") as written:
-                os.fsync(written.fileno())
-            (partial / file).replace(recipe.output / file)
+def _put_in_place(work: Path, adapter: Path, output: Path) -> None:
+    """Move everything in; adapter_config.json goes first and comes last, so that an interruption never leaves
+    one run's config beside another run's weights."""
+    (output / CONFIG_FILE).unlink(missing_ok=True)
+    sources = [work / name for name in _EXTRA] + [adapter / name for name in reversed(FILES)]
+    for source in sources:
+        source.chmod(0o644)
+        with source.open("rb") as written:
+            os.fsync(written.fileno())
+        source.replace(output / source.name)
+    shutil.rmtree(work)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,10 @@ room then is cut off at its end, and its end-of-turn token with it; so an answer
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 from veneer.errors import InvalidRequest
-from veneer.training.encoding import Encoded, EncodedPair, Encoder
-from veneer.training.formats import Row
+from veneer.training.encoding import Encoded, EncodedPair
 
 Policy = Literal["refuse", "drop", "keep_start", "keep_end"]
 
@@ -125,15 +124,3 @@ def pieces(texts: Sequence[Encoded], max_length: int) -> Fitted[Encoded]:
             found.append(Encoded([], text.answer[start : start + max_length], b"", text.where))
             places.append(place)
     return Fitted(found, places, sum(text.length > max_length for text in texts), [])
-
-
-def encode_all(
-    rows: Sequence[Row],
-    tokenizer: Any,
-    template: Literal["chat", "none"],
-    stops: Sequence[int],
-    max_length: int,
-) -> list[Encoded]:
-    """Encode rows for their last answer, refusing those that are longer than `max_length` tokens."""
-    encoder = Encoder(tokenizer, stops, template)
-    return fit([encoder.row(row) for row in rows], max_length, "refuse").rows

@@ -1,0 +1,60 @@
+"""The engine process that also trains: `python -m veneer.training.process ADDRESS`, as veneer.engine.process.
+
+The steps keep their thread and the training has one of its own; both read the one resident base.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from veneer.engine import messages
+from veneer.engine.config import EngineConfig
+from veneer.engine.process import Loop, start
+from veneer.training.governor import Governor
+from veneer.training.job import Resident
+from veneer.training.worker import TrainingWorker
+
+SWITCH_INTERVAL = 0.0005  # seconds a thread may keep the interpreter when the other wants it
+
+
+class TrainingLoop(Loop):
+    """The engine's loop, with jobs."""
+
+    def __init__(self, address: str, config: EngineConfig) -> None:
+        super().__init__(address, config)
+        sys.setswitchinterval(SWITCH_INTERVAL)
+        base = self._engine.base
+        cuda = base.device.type == "cuda"
+        self._governor = Governor(
+            config.training_share,
+            config.training_latency if cuda else None,
+            synchronize=_wait_for_stream if cuda else lambda: None,
+        )
+        resident = Resident(base, Path(config.model), config.base_name or Path(config.model).name)
+        self._worker = TrainingWorker(resident, self._governor, self._wake)
+
+    def _handle(self, request: messages.Request) -> list[messages.Reply]:
+        if isinstance(request, (messages.StartJob, messages.StopJob)):
+            self._worker.handle(request)
+            return []
+        return super()._handle(request)
+
+    def _step(self) -> tuple[list[messages.Reply], bool]:
+        self._governor.serving(self._engine.has_work)
+        begun = time.monotonic()
+        replies, ran = super()._step()
+        if ran:
+            self._governor.stepped(time.monotonic() - begun)
+        return [*replies, *self._worker.reports()], ran
+
+
+def _wait_for_stream() -> None:
+    torch.cuda.current_stream().synchronize()
+
+
+if __name__ == "__main__":
+    start(TrainingLoop)
