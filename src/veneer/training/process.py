@@ -28,12 +28,7 @@ class TrainingLoop(Loop):
         super().__init__(address, config)
         sys.setswitchinterval(SWITCH_INTERVAL)
         base = self._engine.base
-        cuda = base.device.type == "cuda"
-        self._governor = Governor(
-            config.training_share,
-            config.training_latency if cuda else None,
-            synchronize=_wait_for_stream if cuda else lambda: None,
-        )
+        self._governor = make_governor(base.device, config.training_share, config.training_latency)
         resident = Resident(base, Path(config.model), config.base_name or Path(config.model).name)
         self._worker = TrainingWorker(resident, self._governor, self._wake)
 
@@ -50,6 +45,13 @@ class TrainingLoop(Loop):
         if ran:
             self._governor.stepped(time.monotonic() - begun)
         return [*replies, *self._worker.reports()], ran
+
+
+def make_governor(device: torch.device, share: float, latency: float) -> Governor:
+    """As EngineConfig's `training_share` and `training_latency` say, on this device."""
+    if device.type != "cuda":
+        return Governor(share)
+    return Governor(share, latency, synchronize=_wait_for_stream)
 
 
 def _wait_for_stream() -> None:

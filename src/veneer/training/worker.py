@@ -96,7 +96,7 @@ class TrainingWorker:
         training = Training.model_validate_json((folder / "training.json").read_text("utf-8"))
         files = {path.stem: path for path in sorted((folder / "data").iterdir())}
         prepared = prepare(training, self._resident, files)
-        with _on_own_stream(self._resident.base.device):
+        with on_own_stream(self._resident.base.device):
             result, report = run(training, self._resident, prepared, folder, control)
         whole: dict[str, Any] = {
             "base": self._resident.name,
@@ -124,7 +124,7 @@ class _JobControl:
         self._send(JobReport(id=self._job, kind=kind, message=message, data=data))
 
 
-def _on_own_stream(device: torch.device) -> Any:
+def on_own_stream(device: torch.device) -> Any:
     """Beside the steps' kernels instead of between them."""
     if device.type != "cuda":
         return nullcontext()
