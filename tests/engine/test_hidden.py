@@ -253,13 +253,13 @@ def test_only_steps_with_such_an_adapter_have_hooks(
     driver = make_engine(tiny_model("llama"), store=str(store_of("llama")), max_loras=1)
     base = driver.engine.base
     seen: list[int] = []
-    forward = base.model.forward
+    forward = base.model.model.forward
 
     def counting(*args: Any, **inputs: Any) -> Any:
         seen.append(sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.model.modules()))
         return forward(*args, **inputs)
 
-    base.model.forward = counting
+    base.model.model.forward = counting
     for kind, expected in (
         (None, False),
         ("after a layer", True),

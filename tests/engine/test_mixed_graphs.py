@@ -160,7 +160,7 @@ def check_each_step(driver: Any) -> Counter[str]:
 
     def checked(planned: Any, previous: Any) -> Any:
         before = [cache.clone() for cache in caches]
-        logits, last = runner.logits(planned, previous)
+        logits, last, _ = runner.forward(planned, previous)
         expected = [cache.clone() for cache in caches]
         for cache, old in zip(caches, before, strict=True):
             cache.copy_(old)
@@ -263,7 +263,7 @@ def test_decode_steps_keep_their_own_graphs(
 
         def run(self, planned: Any, previous: Any) -> Any:
             self.taken += 1
-            logits, last = driver.engine.runner.logits(planned, previous)
+            logits, last, _ = driver.engine.runner.forward(planned, previous)
             torch.argmax(logits, -1, out=driver.engine.runner._tokens[: len(logits)])
             return logits, last
 
@@ -272,6 +272,17 @@ def test_decode_steps_keep_their_own_graphs(
     driver.engine.runner.graphs = decode = Decode()
     driver.generate([3, 4, 5], ADAPTERS[0], max_tokens=6)
     assert (decode.taken, driver.engine.runner.mixed_graphs.replays) == (5, 1)
+
+
+def test_steps_that_score_a_prompt_are_eager(
+    tiny_model: Callable[[str], Path], stores: Callable[[str], str], make_engine: Callable[..., Any]
+) -> None:
+    driver = make_engine(tiny_model("llama"), store=str(stores("llama")), max_num_batched_tokens=8)
+    replays = replay_on_cpu(driver)
+    before = driver.engine.runner.eager_steps
+    driver.generate([3 + index for index in range(20)], max_tokens=4, prompt_logprobs=1)
+    assert driver.engine.runner.eager_steps - before == 3  # chunks
+    assert sum(len(replay.batches) for replay in replays) == 3  # of decoding
 
 
 @pytest.mark.skipif(CUDA, reason="the kernels are compiled where there is a CUDA device")

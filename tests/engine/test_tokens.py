@@ -178,6 +178,7 @@ def test_added_tokens_are_read_and_generated_as_in_peft(
     added = 2 if kind == "rows" else 3
     params: dict[str, Any] = {
         "logprobs": 128 + added,
+        "prompt_logprobs": 128 + added,
         "max_tokens": 4,
         "logit_bias": forced,
         "presence_penalty": 5e4,
@@ -192,14 +193,15 @@ def test_added_tokens_are_read_and_generated_as_in_peft(
             weight.data[128:] = 0
     model = PeftModel.from_pretrained(base, folder).eval()
     with torch.inference_mode():
-        logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
-    expected = torch.log_softmax(logits, -1)
-    for row, item in zip(expected, driver.outputs[one], strict=True):
-        [told_of] = item.logprobs
-        assert len(told_of.top_ids) == len(row)
+        logits = model(torch.tensor([prompt + tokens])).logits[0, :-1]
+    expected, bound = torch.log_softmax(logits, -1), 1e-5 * float(logits.abs().max())
+    told_of = [entry for item in driver.outputs[one] for entry in (*item.prompt_logprobs, *item.logprobs)]
+    for row, entry, token in zip(expected, told_of, (prompt + tokens)[1:], strict=True):
+        assert len(entry.top_ids) == len(row)
         found = torch.empty(len(row))
-        found[told_of.top_ids] = torch.tensor(told_of.top_logprobs)
-        assert (found - row).abs().max() <= 1e-5 * float(logits.abs().max())
+        found[entry.top_ids] = torch.tensor(entry.top_logprobs)
+        assert torch.allclose(found, row, rtol=0, atol=bound)  # both -inf without an output row
+        assert entry.logprob == found[token]
     for item in driver.outputs[plain]:  # the base has its own vocabulary
         assert sorted(item.logprobs[0].top_ids) == list(range(128))
 

@@ -85,7 +85,7 @@ class Sequence:
         logprobs = []
         if sampling.logprobs is not None:
             top = [token, *range(1, sampling.logprobs)][: sampling.logprobs]
-            logprobs = [TokenLogprobs(-0.5, top, [-0.5 - 0.25 * n for n in range(len(top))])]
+            logprobs = [TokenLogprobs(-0.5, top, [-0.5 - 0.25 * n for n in range(len(top))], 1)]
         return SequenceOutput(
             id=self.request.id,
             tokens=[token],

@@ -77,11 +77,28 @@ class Base:
     notes: list[str] = field(default_factory=list)
     limits: Limits = Limits()  # noqa: RUF009  (a tuple)
 
-    def forward(self, **inputs: Any) -> torch.Tensor:
-        """Logits [rows, vocabulary] of a step whose tables are in the context; arguments as transformers'."""
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """What the output head reads, [rows, hidden], of a step whose tables are in the context.
+
+        ids, positions: int64 [rows].
+        """
+        inputs = {"input_ids": ids.unsqueeze(0), "position_ids": positions.unsqueeze(0)}
         with self.hidden.hooked():
-            logits: torch.Tensor = self.model(**inputs, use_cache=False).logits[0]
-        return logits
+            found: torch.Tensor = self.model.model(**inputs, use_cache=False).last_hidden_state[0]
+        return found
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The output head, as transformers has it: [rows, hidden] -> [rows, vocabulary].
+
+        The context's `head_rows` must be those of these rows.
+        """
+        found: torch.Tensor = self.model.lm_head(hidden.unsqueeze(0))[0]
+        return self.cap(found)
+
+    def cap(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits as Gemma bounds them; the same where the base has no bound."""
+        bound = getattr(self.config, "final_logit_softcapping", None)
+        return logits if bound is None else torch.tanh(logits / bound) * bound
 
     @property
     def hidden_sites(self) -> Mapping[str, Site]:

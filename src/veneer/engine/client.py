@@ -124,7 +124,10 @@ class Generation:
                 self._held = at, more
                 break
             output = msgspec.structs.replace(
-                more, tokens=output.tokens + more.tokens, logprobs=output.logprobs + more.logprobs
+                more,
+                prompt_logprobs=output.prompt_logprobs + more.prompt_logprobs,
+                tokens=output.tokens + more.tokens,
+                logprobs=output.logprobs + more.logprobs,
             )
         return output
 

@@ -29,7 +29,7 @@ from veneer.engine import messages
 from veneer.engine.base import Base, load_base, resolve_device, resolve_dtype, resolve_nf4_kernels
 from veneer.engine.check import AdapterCheck
 from veneer.engine.config import GIB, EngineConfig
-from veneer.engine.messages import AdapterChecked, Done, SequenceOutput, WireError
+from veneer.engine.messages import AdapterChecked, Done, SequenceOutput, TokenLogprobs, WireError
 from veneer.engine.pages import PagePool
 from veneer.engine.probe import EffectProbe
 from veneer.engine.runner import Launched, Runner, kv_page_bytes
@@ -226,7 +226,7 @@ class Engine:
 
     def _apply(self, launched: Launched) -> list[SequenceOutput]:
         """Wait for a step and move its sequences forward; those taken out since it was planned are skipped."""
-        results = launched.results()
+        results, scores = launched.results(), launched.scores()
         self.steps += 1
         self.scheduler.commit(launched.batch, {name: token for name, (token, _) in results.items()})
         outputs = []
@@ -238,23 +238,34 @@ class Engine:
                 self.decode_tokens += 1
             else:
                 self.prefill_tokens += item.count
-            if not item.samples:
-                continue
-            token, logprobs = results[sequence.id]
-            reason, stop_token = self._finish_reason(sequence, token)
-            if reason:
-                self.scheduler.finish(sequence)
-            outputs.append(
-                SequenceOutput(
-                    id=sequence.id,
-                    tokens=[token],
-                    logprobs=[] if logprobs is None else [logprobs],
-                    finish_reason=reason,
-                    stop_token=stop_token,
-                    cached_tokens=sequence.num_cached,
-                )
+            output = SequenceOutput(
+                id=sequence.id,
+                prompt_logprobs=scores.get(sequence.id, []),
+                cached_tokens=sequence.num_cached,
             )
+            if item.samples:
+                outputs.append(self._sampled(sequence, output, *results[sequence.id]))
+            elif output.prompt_logprobs:
+                outputs.append(output)
         return outputs
+
+    def _sampled(
+        self, sequence: Sequence, output: SequenceOutput, token: int, logprobs: TokenLogprobs | None
+    ) -> SequenceOutput:
+        """The output with the token that was chosen, unless none was asked for. Ends the sequence if that does."""
+        if sequence.sampling.max_tokens == 0:
+            self.scheduler.finish(sequence)
+            return msgspec.structs.replace(output, finish_reason="length")
+        reason, stop_token = self._finish_reason(sequence, token)
+        if reason:
+            self.scheduler.finish(sequence)
+        return msgspec.structs.replace(
+            output,
+            tokens=[token],
+            logprobs=[] if logprobs is None else [logprobs],
+            finish_reason=reason,
+            stop_token=stop_token,
+        )
 
     def _finish_reason(self, sequence: Sequence, token: int) -> tuple[str | None, int | None]:
         p = sequence.sampling

@@ -345,11 +345,8 @@ class StepGraphs(ABC):
         # An index of -1 is harmless: it reads the last token, and the row has an id of its own.
         ids = torch.where(previous < 0, rows[IDS], self._tokens[previous])
         last_rows = self._last_rows()
-        logits = self._base.forward(
-            input_ids=ids.unsqueeze(0),
-            position_ids=rows[POSITIONS].long().unsqueeze(0),
-            logits_to_keep=0 if last_rows is None else last_rows,
-        )
+        hidden = self._base.forward(ids, rows[POSITIONS].long())
+        logits = self._base.logits(hidden if last_rows is None else hidden[last_rows])
         torch.argmax(logits, -1, out=self._tokens[: len(logits)])
         return logits, ids if last_rows is None else ids[last_rows]
 

@@ -13,7 +13,7 @@ import msgspec
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How to choose the next tokens of one sequence. Values are already validated by the server."""
 
-    max_tokens: int
+    max_tokens: int  # 0: the prompt alone is computed
     temperature: float = 1.0  # 0 = greedy
     top_p: float = 1.0
     top_k: int = 0  # 0 = no limit
@@ -27,6 +27,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_token_ids: list[int] = []  # end the sequence; the stop token is part of the output tokens
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; k: the chosen token and the k most likely
+    prompt_logprobs: int | None = None  # the same of each token of the prompt but the first
 
 
 # ---- HTTP -> engine -------------------------------------------------------------------------------
@@ -115,17 +116,21 @@ class WireError(msgspec.Struct, frozen=True):
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log probabilities at one output position, from the raw logits (before temperature and penalties)."""
+    """Log probabilities of a token and its rivals, from the raw logits (before temperature and penalties)."""
 
-    logprob: float  # of the chosen token
+    logprob: float  # of the token: the chosen one, or the prompt's
     top_ids: list[int]
     top_logprobs: list[float]
+    rank: int  # of the token among all, 1 for the likeliest
 
 
 class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """New tokens of one sequence after one step."""
+    """News of one sequence after one step."""
 
     id: str
+    prompt_logprobs: list[
+        TokenLogprobs
+    ] = []  # of the prompt's second token and on, in pieces, before all tokens
     tokens: list[int] = []
     logprobs: list[TokenLogprobs] = []  # one for each token when asked for
     finish_reason: str | None = None  # "stop" | "length"

@@ -34,8 +34,9 @@ from veneer.engine.graphs import (
     segments_of,
 )
 from veneer.engine.messages import SamplingParams, TokenLogprobs
-from veneer.engine.sampling import Sampled, SamplingRow, sample
+from veneer.engine.sampling import Sampled, SamplingRow, sample, top_logprobs
 from veneer.engine.scheduler import Batch, Scheduled
+from veneer.engine.scores import Scored, pieces_of
 from veneer.engine.sequence import Sequence
 from veneer.engine.virtual_tokens import VirtualTokens, slots_of
 from veneer.kernels.attention import PagedBatch
@@ -76,6 +77,7 @@ class Launched:
     batch: Batch
     rows: dict[str, int]  # sequence id -> place of its token in the runner's token buffer
     sampled: list[tuple[list[str], Sampled]]  # sequence ids, and theirs on the host, once `done`
+    scored: list[Scored]  # each sequence's in order
     done: torch.cuda.Event | None  # None on the CPU
 
     def results(self) -> dict[str, tuple[int, TokenLogprobs | None]]:
@@ -87,6 +89,21 @@ class Launched:
             for names, sampled in self.sampled
             for name, result in zip(names, sampled.results(), strict=True)
         }
+
+    def scores(self) -> dict[str, list[TokenLogprobs]]:
+        """What the step tells of prompts, by sequence id. After `results`."""
+        found: dict[str, list[TokenLogprobs]] = {}
+        for scored in self.scored:
+            found.setdefault(scored.sequence, []).extend(scored.results())
+        return found
+
+
+class Forward(NamedTuple):
+    """What an eager step computed."""
+
+    logits: torch.Tensor  # [sampling sequences, vocabulary], at the last row of each sequence that samples
+    last: torch.Tensor  # int64 [sampling sequences], the token ids there
+    hidden: torch.Tensor  # [rows, hidden], what the output head reads
 
 
 class _Packed(NamedTuple):
@@ -197,7 +214,7 @@ class Runner:
         if variant >= Variant.HIDDEN:
             tables.hidden[0] = everywhere
         try:
-            self.logits(self._idle(rows, BASE_SLOT if variant == Variant.BASE else 0, max_model_len))
+            self.forward(self._idle(rows, BASE_SLOT if variant == Variant.BASE else 0, max_model_len))
         finally:
             tables.acting.intersection_update(acting)
             for each, before in zip(flags, kept, strict=True):
@@ -237,19 +254,22 @@ class Runner:
         planned = sorted(batch.items, key=lambda item: item.slot)
         pending = None if previous is None else [previous.rows[item.sequence.id] for item in planned]
         graphs = self._graphs_for(planned)
+        hidden = None
         if graphs is not None:
             logits, last = graphs.run(planned, pending)
         else:
             self.eager_steps += 1
-            logits, last = self.logits(planned, pending)
+            logits, last, hidden = self.forward(planned, pending)
             torch.argmax(logits, -1, out=self._tokens[: len(logits)])
         sampled = [item for item in planned if item.samples]
         result = self._choose(logits, sampled, last)
+        scored = [] if hidden is None else self._score(planned, hidden)
         done = None
         if self.base.device.type == "cuda":
             done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # its waiter sleeps
             done.record()
-        return Launched(batch, {item.sequence.id: row for row, item in enumerate(sampled)}, result, done)
+        rows = {item.sequence.id: row for row, item in enumerate(sampled)}
+        return Launched(batch, rows, result, scored, done)
 
     def _choose(
         self, logits: torch.Tensor, items: Rows[Scheduled], last: torch.Tensor
@@ -275,6 +295,21 @@ class Runner:
             parts.append(([names[i] for i in chosen], found.to_host()))
         return parts
 
+    def _score(self, planned: Rows[Scheduled], hidden: torch.Tensor) -> list[Scored]:
+        """Put the rows that score tokens of prompts through the head; the logits of added tokens are overwritten."""
+        found = []
+        for piece in pieces_of(planned):
+            sequence, rows = piece.part.sequence, piece.part.count
+            self._step.head_rows = self._tiles(segments_of([piece.part]), rows)
+            logits = self.base.logits(hidden[piece.row : piece.row + rows])
+            width = self._added_tokens(piece.part)
+            if width.embeddings:
+                logits = self._with_added(logits, torch.arange(rows, device=logits.device), width)
+            most = sequence.sampling.prompt_logprobs or 0
+            top = top_logprobs(logits, upload(piece.targets, np.int64, logits.device), most)
+            found.append(Scored(sequence.id, most, top.to_host()))
+        return found
+
     def _added_tokens(self, item: Scheduled) -> AddedTokens:
         adapter = item.sequence.adapter
         return AddedTokens() if adapter is None else self._residency.added_tokens(adapter)
@@ -285,24 +320,19 @@ class Runner:
         assert added is not None
         wide = added[where, : width.embeddings]
         wide[:, width.logits :] = float("-inf")
-        if cap := getattr(
-            self.base.config, "final_logit_softcapping", None
-        ):  # as transformers caps the others
-            wide = torch.tanh(wide / cap) * cap
-        return torch.cat([logits[where], wide], 1)
+        return torch.cat([logits[where], self.base.cap(wide)], 1)
 
     def _graphs_for(self, planned: Rows[Scheduled]) -> StepGraphs | None:
+        if any(item.unscored for item in planned):
+            return None  # graphs keep the logits of last rows alone
         families = (self.graphs, self.mixed_graphs)
         return next((family for family in families if family is not None and family.fits(planned)), None)
 
     @torch.inference_mode()
-    def logits(
-        self, planned: Rows[Scheduled], previous: Rows[int] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, planned: Rows[Scheduled], previous: Rows[int] | None = None) -> Forward:
         """An eager forward. `planned` is sorted by slot; rows of the forward follow its order.
 
-        Returns logits [sampling sequences, vocabulary] and token ids [sampling sequences] at the last row of each
-        sequence that samples. `previous` are the places of the rows' tokens in the token buffer, if they are there.
+        `previous` are the places of the rows' tokens in the token buffer, if they are there.
         """
         packed = self._pack(planned, previous)
         ids = packed.ids.long() if previous is None else self._tokens[packed.previous.long()]
@@ -320,12 +350,8 @@ class Runner:
         step.rows = self._tiles(segments_of(planned), sum(counts))
         sampling = [item for item in planned if item.samples]
         step.head_rows = self._tiles(head_segments_of(sampling), len(sampling))
-        logits = self.base.forward(
-            input_ids=ids.unsqueeze(0),
-            position_ids=packed.positions.long().unsqueeze(0),
-            logits_to_keep=last_rows,
-        )
-        return logits, ids[last_rows]
+        hidden = self.base.forward(ids, packed.positions.long())
+        return Forward(self.base.logits(hidden[last_rows]), ids[last_rows], hidden)
 
     def _pack(self, planned: Rows[Scheduled], previous: Rows[int] | None) -> _Packed:
         """The step's tables, on the device by one copy."""

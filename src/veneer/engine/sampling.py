@@ -58,11 +58,36 @@ class SamplingRow:
 
 
 class TopLogprobs(NamedTuple):
-    """Log probabilities of the rows that want them, in their order."""
+    """Log probabilities of a token in each row, and of its rivals."""
 
-    own: torch.Tensor  # [rows, 1], of the chosen tokens
-    ids: torch.Tensor  # int64 [rows, most], the likeliest tokens
+    own: torch.Tensor  # [rows, 1], of the tokens
+    ranks: torch.Tensor  # int64 [rows, 1], of the tokens, 1 for the likeliest
+    ids: torch.Tensor  # int64 [rows, most], the likeliest
     values: torch.Tensor  # [rows, most]
+
+    def to_host(self) -> TopLogprobs:
+        """As `Sampled.to_host`."""
+        return TopLogprobs(*map(_to_host, self))
+
+    def entries(self, counts: Sequence[int]) -> list[TokenLogprobs]:
+        """Those of each row, with so many of the likeliest. Waits for the device when the tensors are there."""
+        columns = (column.tolist() for column in self)
+        return [
+            TokenLogprobs(own, ids[:count], values[:count], rank)
+            for (own,), (rank,), ids, values, count in zip(*columns, counts, strict=True)
+        ]
+
+
+def top_logprobs(logits: torch.Tensor, tokens: torch.Tensor, most: int) -> TopLogprobs:
+    """logits: [rows, vocabulary], any float type; tokens: int64 [rows]; `most` of the likeliest."""
+    logs = torch.log_softmax(logits.float(), dim=-1)
+    own = logs.gather(1, tokens.unsqueeze(1))
+    values, ids = logs.topk(most, dim=-1)
+    return TopLogprobs(own, (logs >= own).sum(-1, keepdim=True), ids, values)
+
+
+def _to_host(x: torch.Tensor) -> torch.Tensor:
+    return x.to("cpu", non_blocking=True, copy=True)
 
 
 @dataclass(frozen=True)
@@ -75,23 +100,16 @@ class Sampled:
 
     def to_host(self) -> Sampled:
         """A copy in (pinned) host memory, valid once the device has done what was launched so far."""
-
-        def copy(x: torch.Tensor) -> torch.Tensor:
-            return x.to("cpu", non_blocking=True, copy=True)
-
-        return Sampled(self.rows, copy(self.tokens), self.top and TopLogprobs(*map(copy, self.top)))
+        return Sampled(self.rows, _to_host(self.tokens), self.top and self.top.to_host())
 
     def results(self) -> list[tuple[int, TokenLogprobs | None]]:
         """Token and log probabilities of each row. Waits for the device when the tensors are there."""
-        wanted = iter(zip(*(x.tolist() for x in self.top), strict=True)) if self.top else iter(())
-        found: list[tuple[int, TokenLogprobs | None]] = []
-        for row, token in zip(self.rows, self.tokens.tolist(), strict=True):
-            k, logprobs = row.params.logprobs, None
-            if k is not None:
-                (own,), ids, values = next(wanted)
-                logprobs = TokenLogprobs(own, ids[:k], values[:k])
-            found.append((token, logprobs))
-        return found
+        counts = [row.params.logprobs for row in self.rows]
+        entries = iter(self.top.entries([k for k in counts if k is not None]) if self.top else ())
+        return [
+            (token, None if k is None else next(entries))
+            for token, k in zip(self.tokens.tolist(), counts, strict=True)
+        ]
 
 
 def noise_key(seed: int, position: int) -> int:
@@ -246,6 +264,5 @@ def _logprobs(logits: torch.Tensor, tokens: torch.Tensor, rows: Sequence[Samplin
     if not wanted:
         return None
     index = upload(wanted, np.int64, logits.device)
-    logs = torch.log_softmax(logits[index].float(), dim=-1)
-    values, ids = logs.topk(max(rows[i].params.logprobs or 0 for i in wanted), dim=-1)
-    return TopLogprobs(logs.gather(1, tokens[index].unsqueeze(1)), ids, values)
+    most = max(rows[i].params.logprobs or 0 for i in wanted)
+    return top_logprobs(logits[index], tokens[index], most)

@@ -88,6 +88,14 @@ class Scheduled:
             slot = self._slot(offset)
         return slot
 
+    @property
+    def unscored(self) -> range:
+        """Those of its tokens after which the log probability of the prompt's next one is wanted."""
+        wanted = self.sequence.unscored
+        if not wanted:
+            return wanted
+        return range(max(self.start, wanted.start), min(self.start + self.count, wanted.stop))
+
     def _slot(self, offset: int | None) -> int:
         slot = self.sequence.slot
         return -1 if offset is None or slot < 0 else slot + offset
@@ -252,6 +260,7 @@ class Scheduler:
             if not sequence.is_running:
                 continue  # taken out since the step was planned
             sequence.num_computed = item.start + item.count
+            sequence.num_scored = max(sequence.num_scored, sequence.num_computed)
             self.pool.register(sequence, item.start - item.lead)
             if item.samples:
                 sequence.tokens.append(tokens[sequence.id])
@@ -411,19 +420,22 @@ class Scheduler:
         virtual = (
             f", {sequence.num_virtual} of them the adapter's virtual ones," if sequence.num_virtual else ""
         )
-        if prompt >= self.max_model_len:
+        max_tokens = sequence.sampling.max_tokens
+        if prompt + min(max_tokens, 1) > self.max_model_len:
+            generated = ", at least one of them generated" if max_tokens else ""
             raise InvalidRequest(
-                f"the prompt has {prompt} tokens{virtual} and the context holds {self.max_model_len}, at least "
-                "one of them generated; shorten the prompt",
+                f"the prompt has {prompt} tokens{virtual} and the context holds {self.max_model_len}{generated}; "
+                "shorten the prompt",
                 param="prompt",
                 code="context_length_exceeded",
             )
-        longest = min(prompt + sequence.sampling.max_tokens, self.max_model_len)
+        # The keys and values of the last token that is generated are never needed.
+        needed = max(prompt, min(prompt + max_tokens, self.max_model_len) - 1)
         room = self.pool.num_pages * self.pool.page_size
-        if longest - 1 > room:  # the last token's keys and values are never needed
+        if needed > room:
             raise InvalidRequest(
-                f"{prompt} prompt tokens{virtual} and max_tokens {sequence.sampling.max_tokens} need a KV cache of "
-                f"{longest - 1} tokens and it holds {room}; shorten the prompt or lower max_tokens",
+                f"{prompt} prompt tokens{virtual} and max_tokens {max_tokens} need a KV cache of "
+                f"{needed} tokens and it holds {room}; shorten the prompt or lower max_tokens",
                 param="max_tokens",
                 code="context_length_exceeded",
             )

@@ -19,6 +19,7 @@ class Change(NamedTuple):
 
 
 ALWAYS = (Change(0, 0),)
+_NOTHING = range(0)
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -40,6 +41,7 @@ class Sequence:
     num_unplaced: int = 0  # virtual tokens that take no position: all that follow stand so many earlier
     changes: tuple[Change, ...] = ALWAYS  # by start; before the first the base alone acts
     num_computed: int = 0  # tokens whose keys and values are in the pages
+    num_scored: int = 0  # tokens that were computed at some time: what follows them in the prompt is scored
     preemptions: int = 0
 
     # Set by the page pool.
@@ -74,6 +76,13 @@ class Sequence:
     def num_uncomputed(self) -> int:
         """Tokens still to be computed before the next one can be sampled."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def unscored(self) -> range:
+        """Tokens of the prompt that are still to be computed for the log probability of the one behind them."""
+        if self.sampling.prompt_logprobs is None:
+            return _NOTHING
+        return range(max(self.num_virtual or 0, self.num_scored), self.num_prompt_tokens - 1)
 
     @property
     def num_output_tokens(self) -> int:
