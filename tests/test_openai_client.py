@@ -286,7 +286,7 @@ def test_an_unknown_model(client: OpenAI, model: str) -> None:
         ("temperature", "invalid_value", {"temperature": 3}),
         ("n", "invalid_value", {"n": 0}),
         ("top_logprobs", "invalid_value", {"top_logprobs": 2}),
-        ("stop", "invalid_value", {"stop": ["a", "b", "c", "d", "e"]}),
+        ("stop", "invalid_value", {"stop": ["a"] * 65}),
         ("logit_bias", "invalid_value", {"logit_bias": {"999999": 1}}),
         ("messages[0].role", "invalid_value", {"messages": [{"role": "pirate", "content": "Arr"}]}),
         ("adapters", "unsupported_parameter", {"extra_body": {"adapters": [{"id": "negate", "weight": 1}]}}),

@@ -1,4 +1,4 @@
-"""Log probabilities of prompts through the engine: those of transformers and PEFT, however the prompt is computed."""
+"""Log probabilities of prompts through the engine: those of transformers and PEFT, however they are computed."""
 
 from __future__ import annotations
 
@@ -184,16 +184,16 @@ def test_nothing_else_changes_by_a_bit(
     answers = []
     for wanted in (None, 2):
         driver = make_engine(tiny_model("llama"), store=str(stores("llama")), prefix_caching=False)
-        for name in CONFIGS:  # once they are loaded, both engines run the same steps
-            driver.generate([5], digest_of(name), max_tokens=1)
+        for loaded in CONFIGS:  # once they are, both engines run the same steps
+            driver.generate([5], digest_of(loaded), max_tokens=1)
         ids = []
         for text, name in prompts():
             adapter = name and digest_of(name)
             ids.append(driver.submit(text, adapter, logprobs=3, max_tokens=5))
             ids.append(driver.submit(text, adapter, logprobs=3, max_tokens=5, prompt_logprobs=wanted))
         driver.run(*ids)
-        answers.append([[item.logprobs for item in driver.outputs[name] if item.tokens] for name in ids])
-        assert any(scores(driver, name) for name in ids) == (wanted is not None)
+        answers.append([[item.logprobs for item in driver.outputs[each] if item.tokens] for each in ids])
+        assert any(scores(driver, each) for each in ids) == (wanted is not None)
     assert answers[0] == answers[1]
 
 

@@ -1,8 +1,9 @@
 """A process that speaks the engine's protocol with a toy model, so that server tests use the real wire.
 
 The model repeats its prompt, in a cycle, from a start that the seed chooses when the temperature is not 0;
-an adapter moves the start by one. It ends with the end-of-sequence token after `--repeats` rounds. Every
-message it gets is appended to `--log` as one JSON line. It imports no torch.
+an adapter moves the start by one. It ends with the end-of-sequence token after `--repeats` rounds. Prompts are
+scored in two halves; the likeliest token at each place is 1, the prompt's own the second. Every message it gets is
+appended to `--log` as one JSON line. It imports no torch.
 
 An adapter's config steers its check: `refuse` is the message to refuse it with, `ineffective` refuses it unless
 that is allowed, `wait_for` is the path of a file without which the answer waits, `tasks` how many it has.
@@ -71,6 +72,7 @@ class Sequence:
         self.request = request
         self.tokens = model(request, repeats)
         self.count = 0
+        self.scored = 0  # tokens of the prompt
         self.expires = None if request.deadline is None else time.monotonic() + request.deadline
 
     def step(self) -> SequenceOutput:
@@ -78,6 +80,17 @@ class Sequence:
         if self.expires is not None and time.monotonic() > self.expires:
             message = f"The request did not finish within its {self.request.deadline:g} seconds."
             return SequenceOutput(id=self.request.id, error=WireError(504, "deadline_exceeded", message))
+        prompt, scores = self.request.prompt, []
+        if sampling.prompt_logprobs is not None and self.scored < len(prompt) - 1:
+            half = len(prompt) // 2 if self.scored == 0 else len(prompt) - 1
+            scores = [
+                score(prompt[at + 1], at + 1, sampling.prompt_logprobs) for at in range(self.scored, half)
+            ]
+            self.scored = half
+            if half < len(prompt) - 1:
+                return SequenceOutput(id=self.request.id, prompt_logprobs=scores)
+        if sampling.max_tokens == 0:
+            return SequenceOutput(id=self.request.id, prompt_logprobs=scores, finish_reason="length")
         token = next(self.tokens)
         self.count += 1
         stops = token in sampling.stop_token_ids or (token == EOS and not sampling.ignore_eos)
@@ -88,12 +101,19 @@ class Sequence:
             logprobs = [TokenLogprobs(-0.5, top, [-0.5 - 0.25 * n for n in range(len(top))], 1)]
         return SequenceOutput(
             id=self.request.id,
+            prompt_logprobs=scores,
             tokens=[token],
             logprobs=logprobs,
             finish_reason=reason,
             stop_token=token if stops else None,
             cached_tokens=len(self.request.prompt) // 2 if self.count == 1 else 0,
         )
+
+
+def score(token: int, position: int, count: int) -> TokenLogprobs:
+    """Of a token of the prompt."""
+    top = [1, token, *range(2, count)][:count]
+    return TokenLogprobs(-0.25 * position, top, [-0.125 * position * (n + 1) for n in range(len(top))], 2)
 
 
 class FakeEngine:

@@ -118,6 +118,16 @@ def test_logprobs_belong_to_the_text(server: Server) -> None:
     assert len(logprobs.content) == answer.usage.completion_tokens - 1  # the end token is no content
 
 
+def test_prompt_logprobs_stand_beside_the_choices(server: Server) -> None:
+    answer = chat(server, temperature=0, n=2, prompt_logprobs=0)
+    prompt = server.received("Generate")[-1]["prompt"]
+    first, *others = answer["prompt_logprobs"]
+    assert first is None
+    for at, (token, found) in enumerate(zip(prompt[1:], others, strict=True), 1):
+        text = server.state.texts.base.tokenizer.token_bytes(token).decode()
+        assert found == {str(token): {"logprob": -0.25 * at, "rank": 2, "decoded_token": text}}
+
+
 def test_streamed_logprobs_arrive_with_their_text(server: Server) -> None:
     tokens = ""
     for chunk in server.openai.chat.completions.create(
@@ -244,7 +254,8 @@ def test_null_means_absent(server: Server) -> None:
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
         ({"min_tokens": 9, "max_tokens": 4}, "min_tokens"),
         ({"seed": 2**63}, "seed"),
-        ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+        ({"stop": ["a"] * 65}, "stop"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
         ({"stop": ""}, "stop"),
         ({"stop": [1]}, "stop"),
         ({"stop_token_ids": [512]}, "stop_token_ids"),

@@ -16,7 +16,8 @@ from veneer.server.wire import (
     CompletionRequest,
     GenerationRequest,
     anything,
-    parse_body,
+    check_body,
+    parse_object,
 )
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
@@ -42,7 +43,7 @@ def parse(
     body: dict[str, Any], kind: type[GenerationRequest] = ChatRequest
 ) -> tuple[GenerationRequest, list[str]]:
     unknown: list[str] = []
-    return parse_body(json.dumps(body).encode(), kind, unknown.append), unknown
+    return check_body(parse_object(json.dumps(body).encode()), kind, unknown.append), unknown
 
 
 @pytest.mark.parametrize(

@@ -296,7 +296,7 @@ class Runner:
         return parts
 
     def _score(self, planned: Rows[Scheduled], hidden: torch.Tensor) -> list[Scored]:
-        """Put the rows that score tokens of prompts through the head; the logits of added tokens are overwritten."""
+        """Put the rows that score a prompt's tokens through the head. Overwrites the logits of added tokens."""
         found = []
         for piece in pieces_of(planned):
             sequence, rows = piece.part.sequence, piece.part.count

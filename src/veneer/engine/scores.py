@@ -1,8 +1,8 @@
 """Scores of a prompt: the log probability of each of its tokens but the first, given those before it.
 
-Here is which rows of a step give them and how they reach the host. The runner puts these rows through the output
-head in pieces, because logits of a whole chunk may take gigabytes. A piece is of one sequence, so its numbers do not
-depend on the batch.
+Here is which rows of a step give them and how they reach the host. The runner puts these rows through the
+output head in pieces, because logits of a whole chunk may take gigabytes. A piece is of one sequence, so its
+numbers do not depend on the batch.
 """
 
 from __future__ import annotations

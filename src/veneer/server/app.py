@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 import veneer
-from veneer.server import adapters_api, chat, completions, health, models, vllm_api
+from veneer.server import adapters_api, chat, completions, health, models, tokenize_api, vllm_api
 from veneer.server.auth import AuthMiddleware
 from veneer.server.errors import install_error_handlers
 from veneer.server.state import ServerState
@@ -27,6 +27,6 @@ def create_app(state: ServerState) -> FastAPI:
     app.state.veneer = state
     app.add_middleware(AuthMiddleware, api_keys=state.config.api_keys, admin_key=state.config.admin_key)
     install_error_handlers(app)
-    for module in (health, models, chat, completions, adapters_api, vllm_api):
+    for module in (health, models, chat, completions, tokenize_api, adapters_api, vllm_api):
         app.include_router(module.router)
     return app

@@ -3,7 +3,7 @@
 Every route needs a key when keys are configured, unknown paths too; open are only `/health` and `/ready`,
 because load balancers cannot send one. Two kinds of key:
 
-* an API key (`--api-key`, repeatable) may read everything and generate,
+* an API key (`--api-key`, repeatable) may read everything, generate and tokenize,
 * the admin key (`--admin-api-key`) may also change things. A change is any method other than GET and HEAD on
   a route that is not in `GENERATES`, so a route added later is protected before anybody thinks of it.
 
@@ -23,7 +23,7 @@ from veneer.errors import Forbidden, Unauthorized, VeneerError
 from veneer.server.errors import error_response
 
 OPEN = frozenset({"/health", "/ready"})
-GENERATES = frozenset({"/v1/chat/completions", "/v1/completions"})
+GENERATES = frozenset({"/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"})
 READS = frozenset({"GET", "HEAD"})
 
 

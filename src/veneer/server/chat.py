@@ -8,15 +8,16 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from veneer.engine.messages import TokenLogprobs
 from veneer.errors import InvalidRequest
 from veneer.server.adapter_text import Text
 from veneer.server.conversation import template_messages
 from veneer.server.generation import Delta, Logprob, Usage
-from veneer.server.logprobs import chat_logprobs
+from veneer.server.logprobs import chat_logprobs, prompt_logprobs
 from veneer.server.state import ServerState
 from veneer.server.streaming import Prepared, respond
 from veneer.server.text import TextTokenizer
-from veneer.server.wire import ChatRequest
+from veneer.server.wire import ChatRequest, Conversation
 
 router = APIRouter()
 ROUTE = "/v1/chat/completions"
@@ -32,7 +33,13 @@ async def chat_completions(request: Request) -> Response:
 
 
 def prepare(state: ServerState, text: Text, body: ChatRequest) -> Prepared:
-    """Render and tokenize the conversation."""
+    prompt = render(state, text, body)
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    return Prepared([prompt], "messages", logprobs, ChatFormat(state, text.tokenizer, body, prompt))
+
+
+def render(state: ServerState, text: Text, body: Conversation) -> list[int]:
+    """The conversation as tokens. Raises InvalidRequest."""
     template = text.template
     if template is None:
         message = "The model has no chat template; send a prompt to /v1/completions."
@@ -46,16 +53,18 @@ def prepare(state: ServerState, text: Text, body: ChatRequest) -> Prepared:
         continue_final_message=body.continue_final_message,
         variables=body.chat_template_kwargs,
     )
-    prompt = text.tokenizer.encode(rendered, add_special_tokens=body.add_special_tokens)
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return Prepared([prompt], "messages", logprobs, ChatFormat(state, text.tokenizer, body))
+    return text.tokenizer.encode(rendered, add_special_tokens=body.add_special_tokens)
 
 
 class ChatFormat:
     """OpenAI's `CreateChatCompletionResponse` and its chunks."""
 
-    def __init__(self, state: ServerState, tokenizer: TextTokenizer, body: ChatRequest) -> None:
+    def __init__(
+        self, state: ServerState, tokenizer: TextTokenizer, body: ChatRequest, prompt: list[int]
+    ) -> None:
         self._tokenizer = tokenizer
+        self._prompt, self._prompt_count = prompt, body.prompt_logprobs
+        self._prompt_scores: list[TokenLogprobs] = []
         self._with_logprobs = body.logprobs
         self._frame: dict[str, Any] = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -96,6 +105,7 @@ class ChatFormat:
         self._texts[delta.choice] += delta.text
         self._logprobs[delta.choice] += delta.logprobs
         self._last[delta.choice] = delta
+        self._prompt_scores = self._prompt_scores or delta.prompt  # every choice has the same
 
     def body(self, usage: Usage) -> dict[str, Any]:
         choices = [
@@ -110,7 +120,12 @@ class ChatFormat:
                 zip(self._texts, self._logprobs, self._last, strict=True)
             )
         ]
-        return self._frame | {"object": "chat.completion", "choices": choices, "usage": usage.wire()}
+        answer: dict[str, Any] = {"object": "chat.completion", "choices": choices, "usage": usage.wire()}
+        if self._prompt_count is not None:
+            answer["prompt_logprobs"] = prompt_logprobs(
+                self._tokenizer, self._prompt, self._prompt_scores, self._prompt_count
+            )
+        return self._frame | answer
 
     def _wire(self, logprobs: list[Logprob]) -> dict[str, Any] | None:
         return chat_logprobs(self._tokenizer, logprobs) if self._with_logprobs else None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from fastapi import APIRouter, Request, Response
 
 from veneer.server.adapter_text import Text
 from veneer.server.generation import Delta, Logprob, Usage
-from veneer.server.logprobs import completion_logprobs
+from veneer.server.logprobs import completion_logprobs, echoed, prompt_logprobs
 from veneer.server.state import ServerState
 from veneer.server.streaming import Prepared, respond
 from veneer.server.text import TextTokenizer
@@ -26,32 +26,35 @@ async def completions(request: Request) -> Response:
     return await respond(request, ROUTE, CompletionRequest, prepare)
 
 
+class Prompt(NamedTuple):
+    tokens: list[int]
+    echo: str  # what its answers begin with
+
+
 def prepare(state: ServerState, text: Text, body: CompletionRequest) -> Prepared:
     """Tokenize the prompts; token ids are taken as they are."""
     given = body.prompt
     many = isinstance(given, list) and not isinstance(given[0], int)
-    prompts = cast(list[str | list[int]], given if many else [given])
-    encoded = [
-        text.tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens)
-        if isinstance(prompt, str)
-        else prompt
-        for prompt in prompts
-    ]
-    echoes = [""] * len(prompts)
-    if body.echo:
-        echoes = [prompt if isinstance(prompt, str) else text.tokenizer.decode(prompt) for prompt in prompts]
-    answer = CompletionFormat(state, text.tokenizer, body, echoes)
-    return Prepared(encoded, "prompt", body.logprobs, answer)
+    prompts = [_prompt(text, body, each) for each in cast(list[str | list[int]], given if many else [given])]
+    answer = CompletionFormat(state, text.tokenizer, body, prompts)
+    return Prepared([prompt.tokens for prompt in prompts], "prompt", body.logprobs, answer)
+
+
+def _prompt(text: Text, body: CompletionRequest, given: str | list[int]) -> Prompt:
+    if isinstance(given, str):
+        tokens = text.tokenizer.encode(given, add_special_tokens=body.add_special_tokens)
+        return Prompt(tokens, given if body.echo else "")
+    skip = body.skip_special_tokens
+    return Prompt(given, text.tokenizer.decode(given, skip_special_tokens=skip) if body.echo else "")
 
 
 class CompletionFormat:
     """OpenAI's `CreateCompletionResponse`, whole or in chunks of the same shape."""
 
     def __init__(
-        self, state: ServerState, tokenizer: TextTokenizer, body: CompletionRequest, echoes: list[str]
+        self, state: ServerState, tokenizer: TextTokenizer, body: CompletionRequest, prompts: list[Prompt]
     ) -> None:
-        self._tokenizer = tokenizer
-        self._with_logprobs = body.logprobs is not None
+        self._tokenizer, self._body = tokenizer, body
         self._frame: dict[str, Any] = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -59,38 +62,52 @@ class CompletionFormat:
             "model": body.model,
             "system_fingerprint": state.fingerprint,
         }
-        self._prefixes = [echo for echo in echoes for _ in range(body.n)]  # still to be sent
-        self._texts = list(self._prefixes)
-        self._logprobs: list[list[Logprob]] = [[] for _ in self._texts]
-        self._last: list[Delta | None] = [None for _ in self._texts]
+        self._prompts = [prompt for prompt in prompts for _ in range(body.n)]  # by choice
+        self._deltas: list[list[Delta]] = [[] for _ in self._prompts]
+        self._begun: set[int] = set()
 
     def chunks(self, delta: Delta) -> list[dict[str, Any]]:
-        text, self._prefixes[delta.choice] = self._prefixes[delta.choice] + delta.text, ""
-        choice = self._choice(delta.choice, text, delta.logprobs, delta)
+        choice = self._choice([delta], is_first=delta.choice not in self._begun)
+        self._begun.add(delta.choice)
         return [self._frame | {"choices": [choice]}]
 
     def usage_chunk(self, usage: Usage) -> dict[str, Any]:
         return self._frame | {"choices": [], "usage": usage.wire()}
 
     def add(self, delta: Delta) -> None:
-        self._texts[delta.choice] += delta.text
-        self._logprobs[delta.choice] += delta.logprobs
-        self._last[delta.choice] = delta
+        self._deltas[delta.choice].append(delta)
 
     def body(self, usage: Usage) -> dict[str, Any]:
-        choices = [
-            self._choice(index, text, logprobs, last)
-            for index, (text, logprobs, last) in enumerate(
-                zip(self._texts, self._logprobs, self._last, strict=True)
-            )
-        ]
+        choices = [self._choice(deltas, is_first=True) for deltas in self._deltas]
         return self._frame | {"choices": choices, "usage": usage.wire()}
 
-    def _choice(self, index: int, text: str, logprobs: list[Logprob], last: Delta | None) -> dict[str, Any]:
-        return {
-            "index": index,
-            "text": text,
-            "logprobs": completion_logprobs(self._tokenizer, logprobs) if self._with_logprobs else None,
-            "finish_reason": last.finish_reason if last else None,
-            "stop_reason": last.stop_reason if last else None,
+    def _choice(self, deltas: list[Delta], *, is_first: bool) -> dict[str, Any]:
+        """What the deltas add to their choice, if they are its first the echo, too."""
+        last, body, tokenizer = deltas[-1], self._body, self._tokenizer
+        prompt, scores = self._prompts[last.choice], deltas[0].prompt
+        echo = prompt.echo if is_first else ""
+        found: dict[str, Any] = {
+            "index": last.choice,
+            "text": echo + "".join(delta.text for delta in deltas),
+            "logprobs": None,
+            "finish_reason": last.finish_reason,
+            "stop_reason": last.stop_reason,
         }
+        if body.logprobs is not None:
+            logprobs = [_moved(each, len(prompt.echo)) for delta in deltas for each in _of(delta)]
+            if body.echo and is_first:
+                logprobs = echoed(tokenizer, prompt.tokens, echo, scores) + logprobs
+            found["logprobs"] = completion_logprobs(tokenizer, logprobs, body.logprobs)
+        if body.prompt_logprobs is not None:
+            found["prompt_logprobs"] = prompt_logprobs(tokenizer, prompt.tokens, scores, body.prompt_logprobs)
+        return found
+
+
+def _of(delta: Delta) -> list[Logprob]:
+    """One for each token of the delta, that which ended it included."""
+    return delta.logprobs if delta.end is None else [*delta.logprobs, delta.end]
+
+
+def _moved(logprob: Logprob, characters: int) -> Logprob:
+    entry = logprob.entry
+    return Logprob(entry._replace(offset=entry.offset + characters), logprob.values)

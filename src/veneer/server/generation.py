@@ -25,10 +25,10 @@ DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
 
 
 class Logprob(NamedTuple):
-    """One output token with the model's view of its position."""
+    """One token with the model's view of its position."""
 
     entry: Entry
-    values: TokenLogprobs
+    values: TokenLogprobs | None  # None: the first token of a prompt, which nothing precedes
 
 
 class Delta(NamedTuple):
@@ -39,6 +39,10 @@ class Delta(NamedTuple):
     logprobs: list[Logprob]
     finish_reason: str | None
     stop_reason: str | int | None  # the stop string or stop token id that ended it, as vLLM reports
+    end: (
+        Logprob | None
+    )  # the token that ended it, when it is no part of the text and log probabilities are wanted
+    prompt: list[TokenLogprobs]  # of the prompt's second token and on, with the first delta, if wanted
 
 
 @dataclass
@@ -61,6 +65,11 @@ def select_adapter(state: ServerState, model: str) -> AdapterVersion | None:
     """The adapter version that a request's `model` means now; None for the base. Raises NotFound."""
     selected = parse_selector(model, state.served_name)
     return None if isinstance(selected, Base) else state.store.resolve(selected.name, selected.version)
+
+
+def vocabulary_of(info: EngineInfo, adapter: AdapterVersion | None) -> int:
+    """How many token ids there are rows for: the base's, and those that the adapter adds."""
+    return info.vocab_size + (int(adapter.details.get("added_tokens", 0)) if adapter else 0)
 
 
 def select_task(adapter: AdapterVersion | None, task_id: int | None) -> str | None:
@@ -117,6 +126,7 @@ def sampling_params(
         stop_token_ids=stops,
         ignore_eos=body.ignore_eos,
         logprobs=logprobs,
+        prompt_logprobs=body.prompt_scores,
     )
 
 
@@ -155,7 +165,7 @@ def token_limit(
 
 
 def check_tokens(tokens: Sequence[int], vocabulary: int, param: str) -> None:
-    """`vocabulary` is how many ids there are rows for: the base's, and those that the adapter adds."""
+    """`vocabulary`: see `vocabulary_of`. Raises InvalidRequest."""
     wrong = next((token for token in tokens if token >= vocabulary), None)
     if wrong is not None:
         rule = f"the vocabulary has the ids 0 to {vocabulary - 1}"
@@ -176,6 +186,7 @@ class _Choice:
 
     text: TextStream
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt: list[TokenLogprobs] = field(default_factory=list)  # not given out yet
     last_output: float | None = None
     cached_tokens: int = 0
 
@@ -211,7 +222,7 @@ class Run:
         self._name = adapter.name if adapter else None
         details = adapter.details if adapter else {}
         virtual_tokens = int(details.get("virtual_tokens", 0))
-        vocabulary = info.vocab_size + int(details.get("added_tokens", 0))
+        vocabulary = vocabulary_of(info, adapter)
         self._sequences: list[NewSequence] = []
         for prompt in prompts:
             check_tokens(prompt, vocabulary, param)
@@ -227,7 +238,7 @@ class Run:
         limits = [limit for limit in (body.timeout, state.config.request_timeout) if limit is not None]
         self._deadline = min(limits, default=None)
         self._stack = ExitStack()
-        self._generation: Generation | None = None
+        self._generation: Generation
 
     def _text_stream(self, prompt: Sequence[int]) -> TextStream:
         body = self._body
@@ -241,10 +252,9 @@ class Run:
         )
 
     def __enter__(self) -> Self:
-        if self._body.max_tokens != 0:
-            self._generation = self._stack.enter_context(
-                self._state.engine.submit(self._sequences, self._key, self._deadline)
-            )
+        self._generation = self._stack.enter_context(
+            self._state.engine.submit(self._sequences, self._key, self._deadline)
+        )
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -252,10 +262,6 @@ class Run:
         self._state.metrics.tokens(self._name, self.usage.prompt_tokens, self.usage.completion_tokens)
 
     async def deltas(self) -> AsyncGenerator[Delta]:
-        if self._generation is None:
-            for choice in range(len(self._choices)):
-                yield Delta(choice, "", [], "length", None)
-            return
         async for choice, output in self._generation:
             before = self._choices[choice].text.num_tokens
             delta = self._delta(choice, output)
@@ -263,21 +269,30 @@ class Run:
             if delta.finish_reason:
                 self._generation.cancel(choice)  # a stop string ended it; the engine does not know
             if delta.text or delta.logprobs or delta.finish_reason:
+                self._choices[choice].prompt = []
                 yield delta
 
     def _delta(self, choice: int, output: SequenceOutput) -> Delta:
         known = self._choices[choice]
         known.logprobs += output.logprobs
+        known.prompt += output.prompt_logprobs
         ended_by = output.stop_token
         hide = ended_by is not None and not self._body.include_stop_str_in_output
         piece = known.text.push(output.tokens, hide_last=hide, final=output.finish_reason is not None)
         wanted = bool(known.logprobs)
+        end = None
+        if hide and wanted and piece.stop is None:
+            assert ended_by is not None  # `hide` says so
+            entry = Entry(ended_by, known.text.num_characters, known.text.num_tokens - 1)
+            end = Logprob(entry, known.logprobs[-1])
         return Delta(
             choice,
             piece.text,
             [Logprob(entry, known.logprobs[entry.position]) for entry in piece.entries] if wanted else [],
             "stop" if piece.stop is not None else output.finish_reason,
             piece.stop if piece.stop is not None or ended_by not in self._body.stop_token_ids else ended_by,
+            end,
+            known.prompt,
         )
 
     def _count(self, choice: int, output: SequenceOutput, tokens: int) -> None:

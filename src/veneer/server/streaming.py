@@ -106,7 +106,12 @@ class _Exchange(Generic[Body]):
         async with aclosing(self._deltas()) as deltas:
             async for delta in deltas:
                 self._format.add(delta)
-        return msgspec.json.encode(self._format.body(self._usage))
+
+        def encode() -> bytes:
+            return msgspec.json.encode(self._format.body(self._usage))
+
+        # Long prompts take long to write down with what is told of each token.
+        return encode() if self._body.prompt_scores is None else await asyncio.to_thread(encode)
 
     async def events(self) -> AsyncGenerator[bytes]:
         options = self._body.stream_options

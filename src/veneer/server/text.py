@@ -24,14 +24,14 @@ from veneer.errors import InvalidRequest, VeneerError
 Value = TypeVar("Value")
 
 _SPECIAL_LIMIT = 1024  # characters; a template may repeat a special token with every message
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 def read_special_tokens(folder: Path) -> dict[str, str]:
     """The named special tokens that a chat template sees, as transformers passes them. Raises InvalidRequest."""
     config = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
     found = {}
-    for name in _SPECIAL:
+    for name in SPECIAL:
         token = config.get(name)
         text = token.get("content") if isinstance(token, dict) else token
         if not isinstance(text, str | None) or (text is None and token) or len(text or "") > _SPECIAL_LIMIT:
@@ -91,6 +91,10 @@ class TextTokenizer:
         found: int | None = self._tokenizer.token_to_id(token)
         return found
 
+    def token(self, index: int) -> str:
+        """As the vocabulary spells it; empty for ids without a token."""
+        return self._tokenizer.id_to_token(index) or ""
+
     def num_ids(self) -> int:
         """One more than the largest id of a token. Takes tens of milliseconds for a large vocabulary."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -102,7 +106,7 @@ class TextTokenizer:
         """The bytes a token adds to the text. Empty for ids without a token (padding of the vocabulary)."""
         known = self._bytes.get(token)
         if known is None:
-            known = self._bytes[token] = self._to_bytes(self._tokenizer.id_to_token(token) or "")
+            known = self._bytes[token] = self._to_bytes(self.token(token))
         return known
 
     def drops_space_after(self, prompt: Sequence[int], skip_special_tokens: bool) -> bool:
@@ -168,6 +172,11 @@ class TextStream:
     def num_tokens(self) -> int:
         """Tokens taken so far: all that were pushed, or those up to the stop string."""
         return self._tokens
+
+    @property
+    def num_characters(self) -> int:
+        """Characters of the text so far, without what is held back."""
+        return self._released
 
     def push(self, tokens: Sequence[int], *, hide_last: bool = False, final: bool = False) -> Piece:
         """Take new tokens; `hide_last`: the last one ended the sequence and is not part of its text.

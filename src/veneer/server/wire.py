@@ -1,4 +1,4 @@
-"""The bodies of `/v1/chat/completions` and `/v1/completions`: what is read, what is refused.
+"""The bodies of `/v1/chat/completions`, `/v1/completions` and `/tokenize`: what is read, what is refused.
 
 Three kinds of field, and nothing else:
 
@@ -30,6 +30,8 @@ INT64 = 2**63
 Seed = Annotated[int, Field(ge=-INT64, lt=INT64)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+MOST_STOPS = 64  # OpenAI takes 4; tasks of lm-evaluation-harness have more
+MOST_LOGPROBS = 20  # vLLM's bound
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
@@ -50,7 +52,7 @@ class GenerationRequest(Strict):
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=128)] = 1
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MOST_STOPS)] | None = None
     seed: Seed | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -66,6 +68,7 @@ class GenerationRequest(Strict):
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     # ours
     task_id: Annotated[int, Field(ge=0, lt=2**31)] | None = None  # for an adapter with several tasks
     timeout: Annotated[float, Field(gt=0, le=86400)] | None = None  # seconds for the whole request
@@ -74,17 +77,27 @@ class GenerationRequest(Strict):
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
+    @property
+    def prompt_scores(self) -> int | None:
+        """How many log probabilities of likeliest tokens the answer needs at each of the prompt; None for none."""
+        return self.prompt_logprobs
 
-class ChatRequest(GenerationRequest):
+
+class Conversation(Strict):
+    """Messages, and how they become a prompt."""
+
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    service_tier: Literal["auto", "default"] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False
     chat_template_kwargs: dict[str, Any] = {}
+
+
+class ChatRequest(GenerationRequest, Conversation):
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    service_tier: Literal["auto", "default"] | None = None
 
 
 class CompletionRequest(GenerationRequest):
@@ -97,6 +110,28 @@ class CompletionRequest(GenerationRequest):
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: bool = False
     add_special_tokens: bool = True
+
+    @property
+    def prompt_scores(self) -> int | None:
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((count for count in wanted if count is not None), default=None)
+
+
+class TokenizeText(Strict):
+    model: Annotated[str, Field(min_length=1)] | None = None  # None: the base
+    prompt: str
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class TokenizeChat(Conversation):
+    model: Annotated[str, Field(min_length=1)] | None = None
+    return_token_strs: bool = False
+
+
+class Detokenize(Strict):
+    model: Annotated[str, Field(min_length=1)] | None = None
+    tokens: list[TokenId]
 
 
 def anything(value: Any) -> bool:
@@ -156,7 +191,6 @@ NOT_HONOURED: Final[dict[str, NotHonoured]] = {
     "spaces_between_special_tokens": NotHonoured(only(True), _LATER),
     "truncate_prompt_tokens": NotHonoured(only(), "shorten the prompt before sending it"),
     "truncation_side": NotHonoured(only(), "shorten the prompt before sending it"),
-    "prompt_logprobs": NotHonoured(only(), _LATER),
     "logprob_token_ids": NotHonoured(only(), _LATER),
     "allowed_token_ids": NotHonoured(only(), "use logit_bias"),
     "bad_words": NotHonoured(empty, "use logit_bias"),
@@ -204,10 +238,10 @@ COMPLETIONS_ONLY = set(CompletionRequest.model_fields) - set(ChatRequest.model_f
 # What a field with several forms takes; pydantic would describe the first form only.
 FORMS = {
     "prompt": "must be text, a list of texts, a list of token ids, or a list of lists of token ids, not empty",
-    "stop": "must be text of 1 to 1024 characters, or a list of at most 4 of them",
+    "stop": f"must be text of 1 to 1024 characters, or a list of at most {MOST_STOPS} of them",
 }
 
-Body = TypeVar("Body", bound=GenerationRequest)
+Body = TypeVar("Body", bound=Strict)
 _logged: set[str] = set()
 
 
@@ -216,15 +250,20 @@ async def read_body(request: Request, kind: type[Body], limit: int, unknown: Cal
 
     Raises InvalidRequest (with `param`) or TooLarge.
     """
+    return check_body(await read_object(request, limit), kind, unknown)
+
+
+async def read_object(request: Request, limit: int) -> dict[str, Any]:
+    """A request's JSON object without what is null. Raises InvalidRequest or TooLarge."""
     raw = bytearray()
     async for chunk in request.stream():
         raw += chunk
         if len(raw) > limit:
             raise TooLarge(f"The request's body is larger than {limit} bytes; send a shorter one.")
-    return parse_body(bytes(raw), kind, unknown)
+    return parse_object(bytes(raw))
 
 
-def parse_body(raw: bytes, kind: type[Body], unknown: Callable[[str], None]) -> Body:
+def parse_object(raw: bytes) -> dict[str, Any]:
     try:
         data = msgspec.json.decode(raw)
     except (ValueError, RecursionError) as error:  # also lone surrogates, NaN, numbers out of range
@@ -234,16 +273,22 @@ def parse_body(raw: bytes, kind: type[Body], unknown: Callable[[str], None]) -> 
     data = {name: value for name, value in data.items() if value is not None}
     if isinstance(options := data.get("stream_options"), dict):
         data["stream_options"] = {name: value for name, value in options.items() if value is not None}
+    return data
+
+
+def check_body(data: dict[str, Any], kind: type[Body], unknown: Callable[[str], None]) -> Body:
+    """The object as a body of that kind. Raises InvalidRequest (with `param`)."""
     try:
         body = kind.model_validate(data)
     except ValidationError as error:
         faults = error.errors(include_url=False)
         name = str(faults[0]["loc"][0])
-        if name in data and (rule := FORMS.get(name)):
+        rule = FORMS.get(name) if issubclass(kind, GenerationRequest) else None
+        if rule and name in data:
             raise InvalidRequest(f"{name} {rule} (got {reprlib.repr(data[name])}).", param=name) from None
         raise pydantic_error(list(faults)) from None
     extra = dict(body.model_extra or {})
-    if body.stream_options is not None:
+    if isinstance(body, GenerationRequest) and body.stream_options is not None:
         extra |= {
             f"stream_options.{name}": value for name, value in (body.stream_options.model_extra or {}).items()
         }
@@ -274,10 +319,14 @@ def _log_once(name: str) -> None:
         log.warning("request field %r is unknown and has no effect", name[:64])
 
 
-def _check_together(body: GenerationRequest) -> None:
+def _check_together(body: Strict) -> None:
     """Rules about more than one field."""
-    if body.stream_options is not None and not body.stream:
-        raise InvalidRequest("stream_options is allowed only with stream: true.", param="stream_options")
+    if isinstance(body, GenerationRequest):
+        if body.stream_options is not None and not body.stream:
+            raise InvalidRequest("stream_options is allowed only with stream: true.", param="stream_options")
+        if body.stream and body.prompt_logprobs is not None:
+            rule = "comes with a whole answer only; leave it out, or stream"
+            raise InvalidRequest(f"prompt_logprobs {rule}.", param="prompt_logprobs")
     if isinstance(body, ChatRequest):
         if body.top_logprobs is not None and not body.logprobs:
             raise InvalidRequest("top_logprobs is allowed only with logprobs: true.", param="top_logprobs")
@@ -290,18 +339,11 @@ def _check_together(body: GenerationRequest) -> None:
                 "max_tokens is the old name of max_completion_tokens, but their values differ; send only one.",
                 param="max_tokens",
             )
-        if body.continue_final_message and body.add_generation_prompt:
-            if "add_generation_prompt" in body.model_fields_set:
-                raise InvalidRequest(
-                    "continue_final_message continues the last message and add_generation_prompt begins a new "
-                    "one; set only one of them to true.",
-                    param="continue_final_message",
-                )
-            body.add_generation_prompt = False
-    if isinstance(body, CompletionRequest) and body.echo and body.logprobs is not None:
-        raise InvalidRequest(
-            "echo with logprobs needs log probabilities of the prompt, which come in a later release; "
-            "leave one of them out.",
-            param="logprobs",
-            code="unsupported_parameter",
-        )
+    if isinstance(body, Conversation) and body.continue_final_message and body.add_generation_prompt:
+        if "add_generation_prompt" in body.model_fields_set:
+            raise InvalidRequest(
+                "continue_final_message continues the last message and add_generation_prompt begins a new "
+                "one; set only one of them to true.",
+                param="continue_final_message",
+            )
+        body.add_generation_prompt = False
