@@ -7,6 +7,8 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +262,75 @@ def test_echo_and_completion_logprobs(client: OpenAI) -> None:
     assert logprobs.text_offset == [len("".join(tokens[:i])) for i in range(6)]
     assert [top[token] for top, token in zip(tops, tokens, strict=True)] == logprobs.token_logprobs
     assert [len(top) for top in tops] == [2] * 6
+
+
+@pytest.fixture(scope="module")
+def scores() -> Callable[[str, list[int]], Any]:
+    """A function: model, token ids -> log probabilities [tokens, vocabulary] of what follows each, by PEFT."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from veneer.engine.source import resolve
+
+    base: Any = AutoModelForCausalLM.from_pretrained(resolve(None), dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, EXAMPLES / "negate").eval()
+
+    def ask(name: str, ids: list[int]) -> Any:
+        with torch.inference_mode(), model.disable_adapter() if name == BASE else nullcontext():
+            return torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
+
+    return ask
+
+
+def test_prompts_are_scored_as_by_transformers(
+    server: LiveServer, client: OpenAI, scores: Callable[[str, list[int]], Any]
+) -> None:
+    """Long and short ones, in every form, of the base and an adapter side by side with other requests."""
+    prompts = ["The pilot reads a letter. " * 60, "They do not wash a warm coat.", "Ümlaute – 日本"]
+    ids = [token_ids(prompt) for prompt in prompts]
+    forms: list[Any] = [prompts, ids, prompts[0], ids[1]]
+    asked = [
+        {"model": model, "prompt": form, "echo": True, "logprobs": 2, "max_tokens": count, "temperature": 0}
+        for model in (BASE, "negate")
+        for form, count in zip(forms, (1, 0, 1, 3), strict=True)
+    ]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        create: Any = client.completions.create
+        answers = list(pool.map(lambda fields: create(**fields), asked))
+    for fields, answer in zip(asked, answers, strict=True):
+        for choice in answer.choices:
+            tokens = ids[1] if fields["prompt"] == ids[1] else ids[choice.index]
+            told, expected = choice.logprobs, scores(fields["model"], tokens)
+            size = len(tokens)
+            assert len(told.tokens) == size + fields["max_tokens"]
+            assert choice.text.startswith(prompts[ids.index(tokens)])
+            assert (told.token_logprobs[0], told.top_logprobs[0], told.text_offset[0]) == (None, None, 0)
+            own = [float(row[token]) for row, token in zip(expected, tokens[1:], strict=False)]
+            assert told.token_logprobs[1:size] == pytest.approx(own, abs=2e-3)
+            tops = [max(top.values()) for top in told.top_logprobs[1:]]
+            best = expected.max(-1).values.tolist()
+            assert tops[:size] == pytest.approx(best[: len(tops[:size])], abs=2e-3)
+
+
+def test_prompt_logprobs(client: OpenAI, scores: Callable[[str, list[int]], Any]) -> None:
+    for model in (BASE, "negate"):
+        prompt = token_ids("The cook opens a window.")
+        extra = {"prompt_logprobs": 3}
+        completion = client.completions.create(model=model, prompt=prompt, max_tokens=1, extra_body=extra)
+        found: Any = completion.choices[0].model_extra
+        first, *others = found["prompt_logprobs"]
+        assert first is None
+        for row, token, told in zip(scores(model, prompt), prompt[1:], others, strict=False):
+            own = told[str(token)]
+            assert own["logprob"] == pytest.approx(float(row[token]), abs=1e-3)
+            assert int((row > row[token] + 1e-3).sum()) < own["rank"] <= int((row >= row[token] - 1e-3).sum())
+            likeliest = sorted((each for each in told.values()), key=lambda each: int(each["rank"]))[:3]
+            best = row.topk(3).values.tolist()
+            assert [each["logprob"] for each in likeliest] == pytest.approx(best, abs=1e-3)
+        chat: Any = greedy(client, model, tokens=1, messages=SENTENCE, extra_body=extra).model_extra
+        assert len(chat["prompt_logprobs"]) > 10
+        assert {len(each) in (3, 4) for each in chat["prompt_logprobs"][1:]} == {True}
 
 
 # ---- refusals ------------------------------------------------------------------------------------

@@ -26,13 +26,14 @@ from veneer.server.wire import ChatRequest
 pytestmark = pytest.mark.model
 
 README = (ROOT / "README.md").read_text()
+LIKELIHOODS = (ROOT / "docs" / "likelihoods.md").read_text()
 EXAMPLES = ROOT / "examples"
 DEMOS = sorted(path.parent.name for path in EXAMPLES.glob("*/adapter_config.json"))
 BIN = Path(sys.executable).parent
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
 
 
 def spans() -> list[str]:
@@ -88,7 +89,7 @@ def replies(output: str) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
-@pytest.mark.parametrize("block", blocks("bash"))
+@pytest.mark.parametrize("block", blocks("bash") + blocks("bash", LIKELIHOODS))
 def test_the_shell_commands(server: LiveServer, tmp_path: Path, block: str) -> None:
     """What changes something twice: it must work for a reader who tries it again."""
     documented = re.findall(r"^# → (.*)$", block, re.MULTILINE)
