@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tests.server.conftest import FAKE_ENGINE, WAIT
 
@@ -88,6 +89,19 @@ def test_who_takes_long_gets_fewer_outputs(tmp_path: Path) -> None:
                         break
                     await until(lambda: generation._inbox.qsize() > 3)
             assert seen == [PROMPT[i % len(PROMPT)] for i in range(len(seen))]
+
+    asyncio.run(main())
+
+
+def test_scores_of_a_prompt_that_came_meanwhile_are_joined(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with running(tmp_path) as client:
+            sampling = msgspec.structs.replace(ENDLESS, prompt_logprobs=0)
+            with client.submit([NewSequence([5] * 9, sampling)], None, None) as generation:
+                await until(lambda: generation._inbox.qsize() > 3)
+                _, output = await anext(generation)
+            assert [entry.logprob for entry in output.prompt_logprobs] == [-0.25 * at for at in range(1, 9)]
+            assert len(output.tokens) > 1
 
     asyncio.run(main())
 
