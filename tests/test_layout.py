@@ -29,10 +29,13 @@ TORCH_FREE = [
     "veneer.engine.scheduler",
     "veneer.engine.source",
     "veneer.server.app",
+    "veneer.training.evaluation_report",
+    "veneer.training.gate",
     "veneer.training.recipe",
     "veneer.server.cli",
     "veneer.training.data",
     "veneer.training.data_report",
+    "veneer.server.eval_cli",
 ]
 
 

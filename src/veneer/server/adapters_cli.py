@@ -36,7 +36,7 @@ _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 
 def run(arguments: argparse.Namespace) -> int:
     """Run one action against `arguments.url`; errors are raised as the server named them."""
-    key = arguments.api_key or os.environ.get("VENEER_ADMIN_API_KEY") or os.environ.get("VENEER_API_KEY")
+    key = key_of(arguments)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         with httpx.Client(base_url=arguments.url, headers=headers, timeout=_TIMEOUT) as client:
@@ -46,6 +46,11 @@ def run(arguments: argparse.Namespace) -> int:
             f"No answer from {arguments.url}: {error}. Is `veneer serve` running there?"
         ) from None
     return 0
+
+
+def key_of(arguments: argparse.Namespace) -> str | None:
+    """The server's key, from the command line or the environment."""
+    return arguments.api_key or os.environ.get("VENEER_ADMIN_API_KEY") or os.environ.get("VENEER_API_KEY")
 
 
 def convert(arguments: argparse.Namespace) -> int:
@@ -258,17 +263,19 @@ def _path(name: str) -> str:
 
 def _call(client: httpx.Client, method: str, path: str, **content: Any) -> dict[str, Any]:
     """One request; an error answer is raised as the `VeneerError` it stands for."""
-    response = client.request(method, path, **content)
+    return answer_of(client.request(method, path, **content))
+
+
+def answer_of(response: httpx.Response) -> dict[str, Any]:
+    """The JSON of an answer. An error is raised as the `VeneerError` it stands for."""
     if response.is_success:
         return cast("dict[str, Any]", response.json())
     try:
         error = response.json()["error"]
         message, code = str(error["message"]), str(error["code"])
     except (ValueError, KeyError, TypeError):
-        message, code = (
-            f"{method} {path} answered {response.status_code}: {response.text[:500]}",
-            "bad_answer",
-        )
+        asked = f"{response.request.method} {response.request.url.path}"
+        message, code = f"{asked} answered {response.status_code}: {response.text[:500]}", "bad_answer"
     raise from_wire(response.status_code, code, message, None)
 
 

@@ -1,4 +1,4 @@
-"""The `veneer` command: `serve`, `prepare`, `train`, `adapters` and `conformance`.
+"""The `veneer` command: `serve`, `prepare`, `train`, `eval`, `adapters` and `conformance`.
 
 Flags have vLLM's names where vLLM has the flag. This module parses and dispatches, nothing more. Each
 subcommand imports what it needs when it runs: `veneer --help` is fast, and the server imports no torch.
@@ -12,10 +12,12 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_args
 
 import veneer
 from veneer.engine.source import DEFAULT_MODEL
 from veneer.errors import VeneerError
+from veneer.training.metrics import Metric
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -80,6 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
         commands.add_parser("prepare", help="download or convert a base model, so that serve starts fast")
     )
     _add_train(commands.add_parser("train", help="train an adapter from a recipe"))
+    _add_eval(
+        commands.add_parser("eval", help="compare models of a running server on rows with known answers")
+    )
     _add_adapters(
         commands.add_parser("adapters", help="manage the adapters of a running server, or convert one")
     )
@@ -205,12 +210,67 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_train)
 
 
-def _add_adapters(parser: argparse.ArgumentParser) -> None:
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument(
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Exit status 0 when done, 3 when the last model does not pass --at-least or --no-worse-than."
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="FILE", help="rows: .jsonl, .csv or .parquet"
+    )
+    parser.add_argument(
+        "--model",
+        action="append",
+        required=True,
+        help="name, name@version, alias, or base; repeatable, the base first and the newest last",
+    )
+    parser.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        choices=get_args(Metric),
+        help="repeatable (all of such rows, of answers without perplexity)",
+    )
+    parser.add_argument(
+        "--template",
+        choices=("chat", "none"),
+        default="chat",
+        help="prompts as chat messages, or put as they are (%(default)s)",
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=64, help="of an answer, at most (%(default)s)"
+    )
+    parser.add_argument("--rows", type=positive, metavar="N", help="only the first N rows")
+    parser.add_argument(
+        "--concurrency", type=positive, default=16, help="questions open at a time (%(default)s)"
+    )
+    parser.add_argument("--output", type=Path, metavar="HTML", help="write a report with plots and examples")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON instead of tables")
+    parser.add_argument(
+        "--at-least",
+        type=float,
+        metavar="VALUE",
+        help="of the last model's first metric, as 0.95; of perplexity at most",
+    )
+    parser.add_argument(
+        "--no-worse-than",
+        choices=("base", "previous"),
+        help="the last model against the first, or the one before it, by the first metric",
+    )
+    _add_server(parser)
+    parser.set_defaults(run=_eval)
+
+
+def _add_server(parser: argparse.ArgumentParser) -> None:
+    """Where a running server is."""
+    parser.add_argument(
         "--url", default=os.environ.get("VENEER_URL", DEFAULT_URL), help="the server (%(default)s)"
     )
-    shared.add_argument("--api-key", help="key of the server (also VENEER_ADMIN_API_KEY or VENEER_API_KEY)")
+    parser.add_argument("--api-key", help="key of the server (also VENEER_ADMIN_API_KEY or VENEER_API_KEY)")
+
+
+def _add_adapters(parser: argparse.ArgumentParser) -> None:
+    shared = argparse.ArgumentParser(add_help=False)
+    _add_server(shared)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     def action(name: str, text: str, *arguments: str, optional: str | None = None) -> argparse.ArgumentParser:
@@ -312,6 +372,12 @@ def _train(arguments: argparse.Namespace) -> int:
 
     train(arguments.recipe, overwrite=arguments.overwrite)
     return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from veneer.server.eval_cli import run
+
+    return run(arguments)
 
 
 def _adapters(arguments: argparse.Namespace) -> int:

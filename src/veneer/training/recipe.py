@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from veneer.errors import InvalidRequest
+from veneer.training.metrics import Metric
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -68,9 +69,17 @@ class Adapter(_Strict):
 class Gate(_Strict):
     """What the trained version must reach on the held-out rows, or it is not published."""
 
-    metric: Literal["exact_match", "normalized_match", "token_f1", "perplexity"] = "exact_match"
+    metric: Metric = "exact_match"
     at_least: float | None = None  # for perplexity: at most
     no_worse_than: Literal["base", "previous"] | None = None
+
+    @model_validator(mode="after")
+    def _asks_what_can_be(self) -> Gate:
+        if self.at_least is None and self.no_worse_than is None:
+            raise ValueError("a gate needs `at_least` or `no_worse_than`")
+        if self.at_least is not None and self.metric != "perplexity" and not 0 <= self.at_least <= 1:
+            raise ValueError(f"`at_least` of {self.metric} is from 0 to 1 (got {self.at_least})")
+        return self
 
 
 class Evaluation(_Strict):
