@@ -70,7 +70,7 @@ class Gate(_Strict):
     """What the trained version must reach on the held-out rows, or it is not published."""
 
     metric: Metric = "exact_match"
-    at_least: float | None = None  # for perplexity: at most
+    at_least: Annotated[float, Field(allow_inf_nan=False)] | None = None  # for perplexity: at most
     no_worse_than: Literal["base", "previous"] | None = None
 
     @model_validator(mode="after")
