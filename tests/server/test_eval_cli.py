@@ -272,6 +272,12 @@ def test_a_list_without_a_base_is_an_error() -> None:
         asked(lambda request: httpx.Response(200, json={"data": []}), "find_base")
 
 
+@pytest.mark.parametrize("status", [200, 502])
+def test_what_is_no_api_is_named(status: int) -> None:
+    with pytest.raises(VeneerError, match=f"GET /v1/models answered {status}: <html>"):
+        asked(lambda request: httpx.Response(status, text="<html>"), "find_base")
+
+
 @pytest.mark.parametrize(
     ("logprobs", "says"),
     [

@@ -268,9 +268,9 @@ def _call(client: httpx.Client, method: str, path: str, **content: Any) -> dict[
 
 def answer_of(response: httpx.Response) -> dict[str, Any]:
     """The JSON of an answer. An error is raised as the `VeneerError` it stands for."""
-    if response.is_success:
-        return cast("dict[str, Any]", response.json())
     try:
+        if response.is_success:
+            return cast("dict[str, Any]", response.json())
         error = response.json()["error"]
         message, code = str(error["message"]), str(error["code"])
     except (ValueError, KeyError, TypeError):

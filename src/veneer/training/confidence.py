@@ -3,7 +3,7 @@
 Rows are taken as a random sample of all the rows that might have been asked; models answer the same ones.
 
 * A share: Wilson's interval (Wilson, 1927), which also holds for few rows and shares of 0 and 1.
-* Other metrics: percentiles of the bootstrap over rows (Efron, 1979).
+* Other metrics: percentiles of the bootstrap over rows (Efron, 1979), a point where all rows are equal.
 * The difference of two shares: Agresti and Min's interval (2005), and McNemar's exact test, which looks at the rows
   that only one of the models has right.
 * Other differences: the bootstrap over rows, the same ones for both models, and a sign-flip permutation test
@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from veneer.training.metrics import MAX_NATS, SHARES, Metric, Score, total
 
 LEVEL = 0.95
-RESAMPLES = 9999
+RESAMPLES = 2000  # of the bootstrap
+FLIPS = 9999  # of the permutation test, whose smallest p is one of 10,000
 _BATCH = 1 << 22  # numbers drawn at a time
 
 Floats = NDArray[np.float64]
@@ -106,41 +107,42 @@ def mcnemar(better: int, worse: int) -> float:
 
 
 def sign_flip(gains: Sequence[float], seed: int = 0) -> float:
-    """Two-sided p of a mean of differences; at least 1 / (RESAMPLES + 1)."""
+    """Two-sided p of a mean of differences; at least 1 / (FLIPS + 1)."""
     values: Floats = np.array([gain for gain in gains if gain], dtype=np.float64)
     bound = abs(values.sum()) * (1 - 1e-12)  # equal sums in another order may differ in the last bit
     generator = np.random.default_rng(seed)
     reached = 0
-    for count in _batches(len(values)):
+    for count in _batches(FLIPS, len(values)):
         signs = generator.integers(0, 2, (count, len(values)), dtype=np.int8)
         reached += int((np.abs((2.0 * signs - 1) @ values) >= bound).sum())
-    return (reached + 1) / (RESAMPLES + 1)
+    return (reached + 1) / (FLIPS + 1)
 
 
 def _bootstrap(
     models: Sequence[Sequence[Score]], statistic: Callable[[list[Floats]], Floats], seed: int = 0
 ) -> Floats:
-    """The statistic of RESAMPLES samples of rows. It is given [samples, 2] sums of values and weights a model."""
-    tables: list[Floats] = [np.array(scores, dtype=np.float64) for scores in models]
-    rows = len(tables[0])
+    """The statistic of RESAMPLES samples of rows, from each model's [2, samples] sums of values and weights."""
+    columns: list[Floats] = [np.array(scores, dtype=np.float64).T.copy() for scores in models]
+    rows = len(models[0])
     generator = np.random.default_rng(seed)
     found = []
-    for count in _batches(rows):
-        places = generator.integers(0, rows, (count, rows))
-        found.append(statistic([table[places].sum(axis=1) for table in tables]))
+    for count in _batches(RESAMPLES, rows):
+        places = generator.integers(0, rows, (count, rows), dtype=np.int32)
+        sums = [[column.take(places).sum(axis=1) for column in pair] for pair in columns]
+        found.append(statistic([np.stack(pair) for pair in sums]))
     return np.concatenate(found)
 
 
-def _batches(width: int) -> Iterator[int]:
-    """RESAMPLES in parts that fit into memory."""
-    left, most = RESAMPLES, max(1, _BATCH // max(1, width))
+def _batches(samples: int, width: int) -> Iterator[int]:
+    """So many samples of this width, in parts that fit into memory."""
+    left, most = samples, max(1, _BATCH // max(1, width))
     while left:
         yield min(left, most)
         left -= min(left, most)
 
 
 def _of_sums(metric: Metric, sums: Floats) -> Floats:
-    mean: Floats = sums[:, 0] / sums[:, 1]
+    mean: Floats = sums[0] / sums[1]
     return np.asarray(np.exp(np.minimum(-mean, MAX_NATS))) if metric == "perplexity" else mean
 
 

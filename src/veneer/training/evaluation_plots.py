@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from veneer.training.error_analysis import CATEGORIES, Category
@@ -78,7 +79,7 @@ def categories_plot(result: EvaluationResult) -> str:
     return _svg(draw, 8, 1.4 + 0.5 * len(result.models))
 
 
-def _svg(draw: Any, width: float, height: float) -> str:
+def _svg(draw: Callable[[Figure], None], width: float, height: float) -> str:
     """What `draw` paints on a figure of this size (inches); the same picture is the same text."""
     import matplotlib
     from matplotlib.figure import Figure

@@ -83,7 +83,7 @@ def _row(result: EvaluationResult, place: int) -> dict[str, Any]:
             name: {
                 "text": outcome.text,
                 "error": outcome.category,
-                "scores": {name: _value(name, score) for name, score in outcome.scores.items()},
+                "scores": {metric: _value(metric, score) for metric, score in outcome.scores.items()},
             }
             for name, outcome in outcomes.items()
         },
