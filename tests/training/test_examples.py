@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from veneer.engine.source import DEFAULT_MODEL, resolve
 from veneer.training.data import read_rows
 from veneer.training.encoding import Encoded, Encoder
-from veneer.training.evaluation import exact_match
+from veneer.training.metrics import exact_match
 from veneer.training.recipe import read_recipe
 from veneer.training.splitting import check_apart
 
@@ -53,7 +53,7 @@ def test_held_out_rows_recombine_known_words(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_folder_is_complete_and_small(name: str) -> None:
     files = {path.name: path.stat().st_size for path in (EXAMPLES / name).iterdir()}
-    assert set(files) - {"data.png"} == {
+    assert set(files) - {"data.png", "evaluation.html"} == {
         "adapter_config.json",
         "adapter_model.safetensors",
         "recipe.yaml",
@@ -107,7 +107,8 @@ def test_each_loads_in_peft_and_answers_its_own_task() -> None:
         for adapter in (name, other):
             model.set_adapter(adapter)
             answers = [answer(model, tokenizer, item) for item in encoded]
-            correct[adapter] = exact_match(rows, answers).correct
+            pairs = zip(answers, rows, strict=True)
+            correct[adapter] = sum(exact_match(text, row.answer) for text, row in pairs)
         assert correct == {name: 4, other: 0}
 
 

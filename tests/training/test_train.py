@@ -75,7 +75,9 @@ def test_the_report_says_what_was_done(trained: Path) -> None:
     assert str(trained.parent) not in text
     assert (report["data"]["rows"], report["held_out_rows"]) == (2, 2)
     assert report["before"]["rows"] == report["after"]["rows"] == 2
-    assert len(report["after"]["mistakes"]) == 2 - report["after"]["correct"]
+    answers = report["evaluation"]["answers"]
+    assert len(answers) == 2
+    assert (trained / "evaluation.html").read_text().startswith("<!DOCTYPE html>")
     assert report["training"]["steps"] == 40
     assert report["recipe"]["seed"] == 1
     assert {"torch", "transformers", "peft", "veneer"} <= set(report["versions"])
@@ -89,6 +91,7 @@ def test_the_files_load_in_peft_and_the_answers_are_learnt(trained: Path, tiny_b
         "adapter_config.json",
         "adapter_model.safetensors",
         "data.png",
+        "evaluation.html",
         "loss.csv",
         "loss.png",
         "report.json",

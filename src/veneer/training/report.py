@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from veneer import __version__
-from veneer.training.evaluation import ExactMatch
 from veneer.training.trainable import Trainable, parameters
 
 
@@ -77,12 +76,3 @@ def training_report(steps: Sequence[Step], trainable: Trainable) -> dict[str, An
 def versions() -> dict[str, str]:
     packages = {package: version(package) for package in ("torch", "transformers", "peft")}
     return {"python": platform.python_version(), "veneer": __version__, **packages}
-
-
-def match_report(match: ExactMatch) -> dict[str, Any]:
-    return {
-        "exact_match": round(match.share, 4),
-        "correct": match.correct,
-        "rows": match.rows,
-        "mistakes": list(match.mistakes),
-    }

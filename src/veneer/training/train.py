@@ -1,10 +1,10 @@
 """`veneer train RECIPE.yaml`: makes an adapter and measures it on held-out rows.
 
-Read from the top: recipe → base → rows → exact match before → steps → exact match after → files. The steps are
-those of a fine-tuning job (job.py), on a base of this process; answers come from an engine on the same base. The
-output folder gets
+Read from the top: recipe → base → rows → answers before → steps → answers after → files. The steps are those of a
+fine-tuning job (job.py), on a base of this process; answers come from an engine on the same base. The output folder
+gets
 
-    adapter_config.json  adapter_model.safetensors  loss.csv  loss.png  data.png  report.json
+    adapter_config.json  adapter_model.safetensors  loss.csv  loss.png  data.png  report.json  evaluation.html
 
 and while it trains `.training`, from which an interrupted run goes on. From Python: `main(Path("recipe.yaml"))`.
 """
@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,20 @@ from tqdm import tqdm
 from veneer.adapters.names import CONFIG_FILE, FILES
 from veneer.engine.base import Base, load_base, resolve_device, resolve_dtype, resolve_nf4_kernels
 from veneer.engine.source import resolve, served_name
-from veneer.errors import Conflict, VeneerError
+from veneer.errors import Conflict, InvalidRequest, VeneerError
 from veneer.training.answers import Answers
 from veneer.training.control import Control
-from veneer.training.evaluation import ExactMatch, exact_match
+from veneer.training.evaluate import Answer, EvaluationResult, Generation, assess, metrics_for
+from veneer.training.evaluation_report import to_dict, to_html
+from veneer.training.formats import Row
+from veneer.training.gate import gate_passed
 from veneer.training.job import Prepared, Resident, prepare, run, write_report
 from veneer.training.recipe import Recipe, read_recipe
-from veneer.training.report import match_report, versions
-from veneer.training.trainer import Result
+from veneer.training.report import versions
 
 WORK = ".training"
-_EXTRA = ("loss.csv", "loss.png", "data.png", "report.json")
+_EXTRA = ("loss.csv", "loss.png", "data.png", "report.json", "evaluation.html")
+_BASE, _TRAINED = "base", "trained"
 
 
 def main(recipe_path: Path, *, overwrite: bool = False) -> Path:
@@ -63,42 +66,64 @@ def main(recipe_path: Path, *, overwrite: bool = False) -> Path:
     )
     print(prepared.report)
     with _Measure(recipe, resident, prepared) as measure, _work_folder(recipe) as work:
-        before = measure("exact match before", None)
+        before = measure("before", None)
         with _deterministic(resident.base.device), _Bar() as control:
             result, trained = run(recipe, resident, prepared, work, control)
-        after = measure("exact match after", result.folder)
-        _finish(recipe, resident, prepared, work, result, trained, before, after)
-    if after.rows:
-        print(
-            f"exact match on {after.rows} held-out rows: {before.share:.1%} before, {after.share:.1%} after"
-        )
+        after = measure("after", result.folder)
+        evaluation = _evaluate(recipe, measure.rows, before, after)
+        report = {
+            "base": resident.name,
+            "recipe": _public(recipe),
+            "data": prepared.report.to_dict(),
+            "training": {**trained, "result_step": result.step, "ended": result.why},
+            **({} if evaluation is None else _measured(evaluation)),
+            "device": _device_name(resident.base.device),
+            "dtype": str(resident.base.dtype).removeprefix("torch."),
+            "versions": versions(),
+        }
+        write_report(work, report)
+        if evaluation is not None:
+            (work / "evaluation.html").write_text(to_html(evaluation, {"recipe": recipe_path.name}), "utf-8")
+        _put_in_place(work, result.folder, recipe.output)
     return recipe.output
 
 
-def _finish(
-    recipe: Recipe,
-    resident: Resident,
-    prepared: Prepared,
-    work: Path,
-    result: Result,
-    trained: dict[str, Any],
-    before: ExactMatch,
-    after: ExactMatch,
-) -> None:
-    report = {
-        "base": resident.name,
-        "recipe": _public(recipe),
-        "data": prepared.report.to_dict(),
-        "held_out_rows": len(prepared.examples.test),
-        "before": match_report(before),
-        "after": match_report(after),
-        "training": {**trained, "result_step": result.step, "ended": result.why},
-        "device": _device_name(resident.base.device),
-        "dtype": str(resident.base.dtype).removeprefix("torch."),
-        "versions": versions(),
+def _evaluate(
+    recipe: Recipe, rows: Sequence[Row], before: Sequence[Answer], after: Sequence[Answer]
+) -> EvaluationResult | None:
+    """Compare the base with the trained adapter on the held-out rows. Raises InvalidRequest for a missed gate."""
+    gate = recipe.evaluation.gate
+    if not rows:
+        if gate is not None:
+            raise InvalidRequest(
+                "evaluation.gate: there are no held-out rows to measure it on; set test_fraction"
+            )
+        return None
+    result = assess(rows, [_BASE, _TRAINED], metrics_for(rows), [before, after])
+    shares = [result[name].metrics["exact_match"].value for name in (_BASE, _TRAINED)]
+    print(f"exact match on {len(rows)} held-out rows: {shares[0]:.1%} before, {shares[1]:.1%} after")
+    if gate is not None:
+        decision = gate_passed(gate, result, new=_TRAINED, base=_BASE)
+        if not decision.passed:
+            raise InvalidRequest(f"the adapter is not kept: {decision.reason}", code="gate_not_passed")
+    return result
+
+
+def _measured(evaluation: EvaluationResult) -> dict[str, Any]:
+    """The report's part on the held-out rows."""
+    rows = len(evaluation.rows)
+    correct = {
+        model.model: sum(each.scores["exact_match"].value > 0 for each in model.outcomes)
+        for model in evaluation.models
     }
-    write_report(work, report)
-    _put_in_place(work, result.folder, recipe.output)
+    sides = {"before": _BASE, "after": _TRAINED}
+    return {
+        **{
+            side: {"rows": rows, "correct": correct[model], "exact_match": round(correct[model] / rows, 4)}
+            for side, model in sides.items()
+        },
+        "evaluation": to_dict(evaluation, {"rows": "held out"}),
+    }
 
 
 def _load(recipe: Recipe, folder: Path) -> Base:
@@ -135,18 +160,18 @@ def _work_folder(recipe: Recipe) -> Iterator[Path]:
 
 
 class _Measure:
-    """Exact match on the held-out rows, of the base or of an adapter's folder. A context manager."""
+    """Answers to the held-out rows, of the base or of an adapter's folder. A context manager."""
 
     def __init__(self, recipe: Recipe, resident: Resident, prepared: Prepared) -> None:
         self._settings = recipe.evaluation
         self._decode = prepared.tokenizer.decode
         is_answered = recipe.method == "supervised"
-        self._rows = prepared.examples.test[: self._settings.rows] if is_answered else []
-        self._prompts = [each.prompt for each in prepared.encode(self._rows)] if self._rows else []
+        self.rows: list[Row] = prepared.examples.test[: self._settings.rows] if is_answered else []
+        self._prompts = [each.prompt for each in prepared.encode(self.rows)]
         longest = max(map(len, self._prompts), default=1) + self._settings.max_new_tokens
         self._answers = (
             Answers(resident.base, resident.folder, longest=longest, batch_size=self._settings.batch_size)
-            if self._rows
+            if self.rows
             else None
         )
 
@@ -157,13 +182,18 @@ class _Measure:
         if self._answers is not None:
             self._answers.__exit__(None, None, None)
 
-    def __call__(self, title: str, adapter: Path | None) -> ExactMatch:
+    def __call__(self, title: str, adapter: Path | None) -> list[Answer]:
         if self._answers is None:
-            return ExactMatch(0, 0, ())
+            return []
         key = None if adapter is None else self._answers.add(adapter)
-        with tqdm(total=len(self._rows), desc=title, unit="row") as bar:
-            tokens = self._answers.generate(self._prompts, key, self._settings.max_new_tokens, bar.update)
-        return exact_match(self._rows, [self._decode(each, skip_special_tokens=True) for each in tokens])
+        most = self._settings.max_new_tokens
+        with tqdm(total=len(self.rows), desc=f"answers {title}", unit="row") as bar:
+            found = self._answers.generate(self._prompts, key, most, bar.update)
+        texts = [self._decode(tokens, skip_special_tokens=True) for tokens in found]
+        return [
+            Answer(Generation(text, "length" if len(tokens) == most else "stop"))
+            for text, tokens in zip(texts, found, strict=True)
+        ]
 
 
 class _Bar:
@@ -223,7 +253,8 @@ def _put_in_place(work: Path, adapter: Path, output: Path) -> None:
     """Move everything in; adapter_config.json goes first and comes last, so that an interruption never leaves
     one run's config beside another run's weights."""
     (output / CONFIG_FILE).unlink(missing_ok=True)
-    sources = [work / name for name in _EXTRA] + [adapter / name for name in reversed(FILES)]
+    extra = [work / name for name in _EXTRA if (work / name).exists()]
+    sources = extra + [adapter / name for name in reversed(FILES)]
     for source in sources:
         source.chmod(0o644)
         with source.open("rb") as written:
