@@ -163,10 +163,10 @@ def apply(model: nn.Module, program: Program) -> None:
     """Add the primitives to a plain model: y += B^T (A x). These methods have no other."""
 
     def hook(site: SiteProgram) -> Callable[..., torch.Tensor]:
-        a, b = site.a, site.b
+        assert site.primitives - {"shared_factors"} == {"low_rank"}
+        a, b = site.folded().a, site.folded().b
         assert a is not None
         assert b is not None
-        assert site.primitives == {"low_rank"}
         return lambda module, inputs, y: y + inputs[0] @ a.T @ b
 
     for name, site in program.sites.items():

@@ -77,7 +77,7 @@ def test_entries_find_every_tensor_at_its_true_rank(dtype: torch.dtype) -> None:
         scales = None
         if part.scale_out is not None and part.cross_out is not None:
             scales = torch.stack((part.scale_out - 1, part.cross_out))
-        stored = (part.a, part.b, part.bias, turn, scales, part.dense, None, None, part.inner_bias)
+        stored = (part.a, part.b, part.bias, turn, scales, part.dense, None, None, part.inner_bias, None, None)
         for offset, tensor in zip(entries[index, OFFSETS].tolist(), stored, strict=True):
             if tensor is None:
                 assert offset == ABSENT
@@ -328,7 +328,7 @@ def test_virtual_tokens_come_after_the_tensors_of_sites(dtype: torch.dtype) -> N
     for prompt in (Prompt(SHAPE, kv=kv), Prompt(SHAPE, embeddings=embeddings)):
         program = Program("both", sites, prompt=prompt)
         packed = pack(program, SITES, dtype, pin=False)
-        assert tuple(packed.layout) == (packed.size, packed.prompt, Reach(virtual=5), (0, 0))
+        assert tuple(packed.layout) == (packed.size, packed.prompt, Reach(virtual=5), (0, 0), None)
         assert packed.size == packed_size(program, dtype.itemsize)
         assert packed.entries.equal(plain.entries)
         assert packed.blob[: plain.size].equal(plain.blob)

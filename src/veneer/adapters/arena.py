@@ -37,6 +37,20 @@ class Arena:
         fitting = [(room, start) for start, room in self._gaps(freed) if room >= size]
         return min(fitting)[1] if fitting else None
 
+    def fits(self, sizes: Collection[int], freed: Collection[int] = ()) -> bool:
+        """Whether all of several ranges can be allocated, the largest first, with `freed` as for `find`.
+
+        For two that order finds a way if there is one.
+        """
+        gaps = [room for _, room in self._gaps(freed)]
+        for size in sorted(map(_room, sizes), reverse=True):
+            fitting = [room for room in gaps if room >= size]
+            if not fitting:
+                return False
+            gaps.remove(best := min(fitting))
+            gaps.append(best - size)
+        return True
+
     def allocate(self, size: int) -> int | None:
         """Hold `size` elements (rounded up to the alignment, at least one); None when no gap is large enough."""
         start = self.find(size)

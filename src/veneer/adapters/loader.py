@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from queue import Empty, PriorityQueue
@@ -19,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from veneer.adapters.names import split_key
-from veneer.adapters.packing import Layout, PackedAdapter, pack, packed_size
+from veneer.adapters.packing import Layout, PackedAdapter, SharedFactors, pack, packed_size, shared_size
 from veneer.adapters.program import Program, Site
 from veneer.adapters.slots import Place
 from veneer.errors import AdapterRefused, EngineUnavailable, NotFound, VeneerError
@@ -31,13 +32,23 @@ T = TypeVar("T")
 STOP, COPY, READ = range(3)
 
 
+@dataclass
+class _Shared:
+    factors: SharedFactors
+    users: int = 0
+
+
 class HostCache:
-    """Packed adapters in host memory by their keys, least recently used out first. Safe to use from any thread."""
+    """Packed adapters in host memory by their keys, least recently used out first. Safe to use from any thread.
+
+    What adapters share is kept, and counted, once for all of them.
+    """
 
     def __init__(self, budget: int) -> None:
         self.budget = budget  # bytes
         self.bytes = 0
         self._packed: OrderedDict[str, PackedAdapter] = OrderedDict()
+        self._shared: dict[str, _Shared] = {}
         self._lock = threading.Lock()
 
     def get(self, key: str) -> PackedAdapter | None:
@@ -46,13 +57,17 @@ class HostCache:
                 self._packed.move_to_end(key)
             return self._packed.get(key)
 
-    def put(self, key: str, packed: PackedAdapter) -> None:
-        """Keep an adapter even when it alone is over the budget; `trim` lets go of it after its copy."""
+    def put(self, key: str, packed: PackedAdapter) -> PackedAdapter:
+        """Keep an adapter even when it alone is over the budget; `trim` lets go of it after its copy.
+
+        Returns the one to use: what it shares is the copy that others have.
+        """
         with self._lock:
             self._remove(key)
-            self._packed[key] = packed
+            self._packed[key] = self._intern(packed)
             self.bytes += packed.host_bytes
             self._trim(spare=1)
+            return self._packed[key]
 
     def trim(self) -> None:
         """Return to the budget."""
@@ -73,8 +88,26 @@ class HostCache:
 
     def _remove(self, key: str) -> None:
         packed = self._packed.pop(key, None)
-        if packed is not None:
-            self.bytes -= packed.host_bytes
+        if packed is None:
+            return
+        self.bytes -= packed.host_bytes
+        if packed.shared is not None:
+            known = self._shared[packed.shared.key]
+            known.users -= 1
+            if not known.users:
+                del self._shared[packed.shared.key]
+                self.bytes -= known.factors.host_bytes
+
+    def _intern(self, packed: PackedAdapter) -> PackedAdapter:
+        """The adapter with the copy of what it shares that is there already, if there is one."""
+        if packed.shared is None:
+            return packed
+        known = self._shared.get(packed.shared.key)
+        if known is None:
+            known = self._shared[packed.shared.key] = _Shared(packed.shared)
+            self.bytes += packed.shared.host_bytes
+        known.users += 1
+        return replace(packed, shared=known.factors)
 
 
 class Loader:
@@ -171,7 +204,7 @@ class Loader:
         if packed is None:
             digest, task = split_key(key)
             packed = self._pack(self._load(self._folder(digest), task), key)
-            self.cache.put(key, packed)
+            packed = self.cache.put(key, packed)
         return packed
 
     def _folder(self, digest: str) -> Path:
@@ -191,7 +224,7 @@ class Loader:
                 "restart the server with a higher limit to serve it"
             )
         item = self._arena.dtype.itemsize
-        size = packed_size(program, item)
+        size = packed_size(program, item) + shared_size(program, item)
         if size > self._arena.numel():
             raise AdapterRefused(
                 f"adapter {key} needs {size * item} bytes on the device and --adapter-memory holds "
@@ -200,10 +233,15 @@ class Loader:
         return pack(program, self._sites, self._arena.dtype, pin=self._arena.is_cuda)
 
     def _copy(self, key: str, place: Place, after: torch.cuda.Event | None) -> torch.Tensor:
-        packed = self._packed(key)
-        target = self._arena[place.start : place.start + place.size]
+        packed, shared = self._packed(key), place.shared
+        parts = [(packed.blob, place.start)]
+        if shared is not None and not shared.written:
+            assert packed.shared is not None  # the place was made for it
+            parts.append((packed.shared.blob, shared.start))
+        copies = [(blob, self._arena[start : start + blob.numel()]) for blob, start in parts]
         if self._stream is None:
-            target.copy_(packed.blob)
+            for blob, target in copies:
+                target.copy_(blob)
         else:
             # A blocking event lets this thread sleep; spinning would take the interpreter from the steps.
             copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
@@ -211,11 +249,15 @@ class Loader:
                 if after is not None:
                     self._stream.wait_event(after)
                 # What steps need of the host does not go through the copy engine, so nothing waits for this.
-                target.copy_(packed.blob, non_blocking=True)
+                for blob, target in copies:
+                    target.copy_(blob, non_blocking=True)
                 copied.record(self._stream)
             copied.synchronize()
         self.cache.trim()
-        return packed.entries_at(place.start)
+        if shared is None:
+            return packed.entries_at(place.start)
+        shared.written = True
+        return packed.entries_at(place.start, shared.start)
 
     def _forget(self, key: str) -> None:
         self.cache.remove(key)

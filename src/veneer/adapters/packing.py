@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from veneer.adapters.program import (
     SiteProgram,
     SparseMatrix,
     TokenRows,
+    shared_tensors,
 )
 from veneer.adapters.reach import EVERYWHERE, Reach
 from veneer.errors import AdapterRefused
@@ -42,10 +44,12 @@ from veneer.kernels.tables import (
     OUT_OFFSET,
     OUT_PAIR,
     RANK,
+    RANK_SCALE,
     SLOTS_EACH,
     SPARSE_OFFSET,
     TOKENS,
     TOKENS_OFFSET,
+    UPDATE_SCALE,
     absent_entries,
     int_elements,
 )
@@ -76,13 +80,33 @@ class AddedTokens(NamedTuple):
 NONE_ADDED = AddedTokens()
 
 
+@dataclass(frozen=True)
+class SharedFactors:
+    """A and B that several adapters have, in host memory as they will lie in the arena, once for all of them."""
+
+    key: str  # a digest of the content
+    blob: torch.Tensor  # as an adapter's
+
+    @property
+    def host_bytes(self) -> int:
+        return _host_bytes(self.blob)
+
+
+class SharedLayout(NamedTuple):
+    """What must be known of shared factors to place them."""
+
+    key: str
+    size: int  # elements, a multiple of the alignment
+
+
 class Layout(NamedTuple):
     """What must be known of an adapter to place and run it."""
 
-    size: int  # elements, a multiple of the alignment
+    size: int  # elements of its own, a multiple of the alignment
     prompt: PackedPrompt | None
     reach: Reach = EVERYWHERE
     added: AddedTokens = NONE_ADDED
+    shared: SharedLayout | None = None
 
 
 @dataclass(frozen=True)
@@ -94,34 +118,49 @@ class PackedAdapter:
     prompt: PackedPrompt | None = None
     reach: Reach = EVERYWHERE
     added: AddedTokens = NONE_ADDED
+    shared: SharedFactors | None = None  # where A and B are for which the entries have scales
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.size, self.prompt, self.reach, self.added)
+        shared = None if self.shared is None else SharedLayout(self.shared.key, self.shared.blob.numel())
+        return Layout(self.size, self.prompt, self.reach, self.added, shared)
 
     @property
     def size(self) -> int:
-        """Elements, a multiple of the alignment."""
+        """Elements of its own, a multiple of the alignment."""
         return self.blob.numel()
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of host memory. PyTorch takes pinned memory in powers of two, and they count in full."""
-        taken = self.blob.nbytes
-        if self.blob.is_pinned():
-            taken = 1 << (taken - 1).bit_length()
-        return taken + self.entries.nbytes
+        """Bytes of host memory of its own."""
+        return _host_bytes(self.blob) + self.entries.nbytes
 
-    def entries_at(self, start: int) -> torch.Tensor:
-        """The entries for a blob that lies at `start` in the arena, int64 [SLOTS_EACH, sites, COLUMNS]."""
+    def entries_at(self, start: int, shared_start: int = 0) -> torch.Tensor:
+        """The entries for a blob that lies at `start` in the arena, int64 [SLOTS_EACH, sites, COLUMNS].
+
+        Its shared factors, if it has some, lie at `shared_start`.
+        """
         moved = self.entries.clone()
         offsets = moved[..., OFFSETS]
         moved[..., OFFSETS] = offsets + (offsets != ABSENT) * start
+        is_shared = self.entries[..., RANK_SCALE] != ABSENT
+        for column in (A_OFFSET, B_OFFSET):
+            moved[..., column] += is_shared * (shared_start - start)
         return moved
 
 
+def _host_bytes(blob: torch.Tensor) -> int:
+    """PyTorch takes pinned memory in powers of two, and they count in full."""
+    return 1 << (blob.nbytes - 1).bit_length() if blob.is_pinned() else blob.nbytes
+
+
+def shared_size(program: Program, itemsize: int) -> int:
+    """The same as `packed_size` of the factors that it shares with other programs; 0 when it shares none."""
+    return sum(align(_room(tensor, itemsize)) for tensor in shared_tensors(program).values())
+
+
 def packed_size(program: Program, itemsize: int) -> int:
-    """Elements of `itemsize` bytes that `pack` will take, known before anything is allocated."""
+    """Elements of `itemsize` bytes that `pack` will take for itself, known before anything is allocated."""
     at_sites = sum(
         align(sum(_room(tensor, itemsize) for tensor in tensors))
         for site in program.parts
@@ -131,7 +170,7 @@ def packed_size(program: Program, itemsize: int) -> int:
 
 
 def pack(program: Program, sites: Sequence[Site], dtype: torch.dtype, pin: bool) -> PackedAdapter:
-    """Copy a program into one zeroed blob, each tensor aligned, converted to `dtype`.
+    """Copy a program into a zeroed blob, what it shares into another; each tensor aligned, converted to `dtype`.
 
     `sites` are the base's, in the order of the tables. Raises `AdapterRefused` for a value that `dtype` cannot
     hold, and ValueError for a program that does not fit the sites: that is a fault of the method that made it.
@@ -140,20 +179,48 @@ def pack(program: Program, sites: Sequence[Site], dtype: torch.dtype, pin: bool)
         raise ValueError(f"the program has tensors at {sorted(unknown)}, which the base does not have")
     blob = torch.zeros(packed_size(program, dtype.itemsize), dtype=dtype, pin_memory=pin)
     entries = absent_entries(SLOTS_EACH, len(sites))
+    shared, places = _pack_shared(program, dtype, pin)
     offset = 0
     for parts, table in zip((program.sites, program.tail), entries, strict=True):
         for index, site in enumerate(sites):
             if part := parts.get(site.name):
-                offset = _pack_site(part, site, table[index], blob, offset)
+                offset = _pack_site(part, site, table[index], blob, offset, places)
     prompt = _pack_prompt(program.prompt, blob, offset)
     vocabulary = next((site.out_features for site in sites if site.name == HEAD), 0)
     added = AddedTokens(*(program.added_tokens(site, vocabulary) for site in (EMBEDDING, HEAD)))
-    return PackedAdapter(blob, entries, prompt, program.reach, added)
+    return PackedAdapter(blob, entries, prompt, program.reach, added, shared)
 
 
-def _pack_site(part: SiteProgram, site: Site, entry: torch.Tensor, blob: torch.Tensor, offset: int) -> int:
-    """Write the tensors from `offset` on, and where they lie into `entry`; returns the offset after them."""
+def _pack_shared(
+    program: Program, dtype: torch.dtype, pin: bool
+) -> tuple[SharedFactors | None, dict[int, int]]:
+    """The shared factors, if there are some, and where in their blob each tensor lies, by its id."""
+    tensors = shared_tensors(program)
+    if not tensors:
+        return None, {}
+    blob = torch.zeros(shared_size(program, dtype.itemsize), dtype=dtype, pin_memory=pin)
+    places, offset = {}, 0
+    for name, tensor in tensors.items():
+        places[name] = offset
+        offset = _put_all((tensor,), blob, offset, "in its shared projections")
+    return SharedFactors(hashlib.sha256(blob.view(torch.uint8).numpy().data).hexdigest(), blob), places
+
+
+def _pack_site(
+    part: SiteProgram,
+    site: Site,
+    entry: torch.Tensor,
+    blob: torch.Tensor,
+    offset: int,
+    shared: Mapping[int, int],
+) -> int:
+    """Write the tensors from `offset` on, and where they lie into `entry`; returns the offset after them.
+
+    `shared` are the places of tensors that lie elsewhere, by their ids.
+    """
     _check_shapes(part, site)
+    if part.is_shared:
+        entry[A_OFFSET], entry[B_OFFSET] = shared[id(part.a)], shared[id(part.b)]
     entry[RANK], entry[OUT_PAIR] = part.rank, part.pair
     entry[IN_BLOCK] = 0 if part.rotate_in is None else part.rotate_in.shape[1]
     entry[TOKENS] = 0 if part.tokens is None else len(part.tokens.ids)
@@ -220,15 +287,25 @@ def _pack_prompt(prompt: Prompt | None, blob: torch.Tensor, start: int) -> Packe
 
 
 def _tensors(part: SiteProgram) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
-    """The tensors that are there as they are stored, those of each column of the tables together."""
+    """The tensors of the adapter's own as they are stored, those of each column of the tables together."""
     turn, scale = part.rotate_in, part.scale_out
     if turn is not None:
         turn = turn - torch.eye(turn.shape[1])
     if scale is not None:
         scale = torch.stack([scale - 1] if part.cross_out is None else [scale - 1, part.cross_out])
     columns = (A_OFFSET, B_OFFSET, BIAS_OFFSET, INNER_OFFSET, IN_OFFSET, OUT_OFFSET, DENSE_OFFSET)
-    single = (part.a, part.b, part.bias, part.inner_bias, turn, scale, part.dense)
-    for column, tensor in zip(columns, single, strict=True):
+    factors = (None, None) if part.is_shared else (part.a, part.b)
+    single = (
+        *factors,
+        part.bias,
+        part.inner_bias,
+        turn,
+        scale,
+        part.dense,
+        part.rank_scale,
+        part.update_scale,
+    )
+    for column, tensor in zip((*columns, RANK_SCALE, UPDATE_SCALE), single, strict=True):
         if tensor is not None and tensor.numel():
             yield column, (tensor,)
     if part.sparse is not None:
@@ -257,12 +334,20 @@ def _check_shapes(part: SiteProgram, site: Site) -> None:
         "scale_out": (part.scale_out, (site.out_features,)),
         "cross_out": (part.cross_out, (site.out_features,)),
         "dense": (part.dense, (site.out_features, site.in_features)),
+        "rank_scale": (part.rank_scale, (rank,)),
+        "update_scale": (part.update_scale, (site.out_features,)),
     }
     for name, (tensor, shape) in wanted.items():
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} at {site.name} is {list(tensor.shape)}, not {list(shape)}")
     if (part.a is None) != (part.b is None):
         raise ValueError(f"{site.name} has only one of A and B")
+    if part.is_shared != (part.update_scale is not None) or (part.is_shared and not rank):
+        raise ValueError(f"{site.name} must have A, B, rank_scale and update_scale, or neither scale")
+    if part.is_shared and (part.activation is not None or site.is_hidden or site.name == EMBEDDING):
+        raise ValueError(
+            f"{site.name} has scales, which are for products at linear layers without activation"
+        )
     paired = part.cross_out is not None
     if (paired and part.scale_out is None) or paired != (part.pair > 0):
         raise ValueError(f"{site.name} must have scale_out, cross_out and pair, or no cross_out and no pair")

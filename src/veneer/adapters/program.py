@@ -5,9 +5,13 @@ A site is a linear layer of the base, y = W0 x + b. For a row x [in] that uses t
     y = OUT(W0 x' + b) + B^T phi(A x + d) + beta + D x
                  A: [rank, in], d: [rank], phi: `Activation`, B: [rank, out] with the scale folded in, beta: [out]
 
+    or, in place of B^T phi(A x + d), b * B^T (c * (A x))       c: [rank], b: [out], A and B shared with others
+
     x' = each block of x times its R_k (x as a row)         R: [in / block, block, block]; block 1 is a diagonal
     OUT(z)_i = scale_i z_i + cross_i z_partner(i)           partner(i) = i ± pair / 2 within its group of `pair`
     D: [out, in], in full or by its few entries. With scale 0 it replaces the base's weight, and beta the bias.
+
+Equal A and B of several adapters that have c and b lie once in memory, and are read once for all their rows.
 
 The embedding and the output head can also have rows of their own for some tokens (`TokenRows`). The embedding's
 A x is the column of A of the token.
@@ -26,7 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -125,6 +129,20 @@ class SiteProgram:
     dense: torch.Tensor | None = None  # [out, in]
     sparse: SparseMatrix | None = None
     tokens: TokenRows | None = None  # at the embedding and the output head alone
+    rank_scale: torch.Tensor | None = None  # [rank], c; with it a and b are shared, over sites and adapters
+    update_scale: torch.Tensor | None = None  # [out], b; only with rank_scale
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether a and b are those of other sites and adapters, too: the same tensors at all sites of a shape."""
+        return self.rank_scale is not None
+
+    def folded(self) -> SiteProgram:
+        """The same with nothing shared: both scales are in b."""
+        if self.b is None or self.rank_scale is None or self.update_scale is None:
+            return self
+        b = self.b * self.rank_scale[:, None] * self.update_scale
+        return replace(self, b=b, rank_scale=None, update_scale=None)
 
     @property
     def rank(self) -> int:
@@ -134,7 +152,7 @@ class SiteProgram:
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Those that are there."""
         found = [self.a, self.b, self.bias, self.inner_bias, self.rotate_in, self.scale_out, self.cross_out]
-        found.append(self.dense)
+        found += [self.dense, self.rank_scale, self.update_scale]
         if self.sparse is not None:
             found += [self.sparse.starts, self.sparse.columns, self.sparse.values]
         if self.tokens is not None:
@@ -149,6 +167,7 @@ class SiteProgram:
         paired = self.cross_out is not None
         has = (
             self.rank > 0,
+            self.is_shared,
             self.activation is not None,
             self.bias is not None,
             turned and not diagonal,
@@ -175,6 +194,7 @@ class SiteProgram:
         product = self.a is not None and self.b is not None and bool(self.b.any())
         if self.activation is None and self.a is not None:
             product = product and bool(self.a.any())
+        product = product and all(s is None or bool(s.any()) for s in (self.rank_scale, self.update_scale))
         changed = product or self.tokens is not None
         return not changed and not any(bool(t.any()) for t in added if t is not None)
 
@@ -203,6 +223,7 @@ class Prompt:
 
 PRIMITIVES = (
     "low_rank",
+    "shared_factors",
     "activation",
     "bias",
     "rotation",
@@ -271,10 +292,22 @@ class Program:
         return self.prompt is None and all(site.is_identity for site in self.parts)
 
     def num_bytes(self, itemsize: int) -> int:
-        """Bytes on the device with numbers of `itemsize` bytes: over all sites, and of the virtual tokens."""
+        """Bytes on the device with numbers of `itemsize` bytes: over all sites, and of the virtual tokens.
+
+        What is shared counts in full, once.
+        """
+        shared = shared_tensors(self)
         at_sites = sum(
             tensor.numel() * (itemsize if tensor.is_floating_point() else tensor.itemsize)
             for site in self.parts
             for tensor in site.tensors
+            if id(tensor) not in shared
         )
+        at_sites += itemsize * sum(tensor.numel() for tensor in shared.values())
         return at_sites + (0 if self.prompt is None else self.prompt.num_elements * itemsize)
+
+
+def shared_tensors(program: Program) -> dict[int, torch.Tensor]:
+    """The shared factors of a program, each once, by their ids."""
+    parts = [part for part in program.parts if part.is_shared]
+    return {id(tensor): tensor for part in parts for tensor in (part.a, part.b) if tensor is not None}

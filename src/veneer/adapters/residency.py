@@ -172,8 +172,8 @@ class Residency:
         if adapter is not None and adapter.place is not None:
             return False
         movable = [other for other in self._placed.values() if not other.users and not other.pinned]
-        first = self._stuck.size if self._stuck else 0
-        return not self._fits(max(first, adapter.size if adapter else 0), movable)
+        waiting = [each.layout for each in (self._stuck, adapter) if each is not None] or [UNKNOWN]
+        return not all(self._fits(layout, movable) for layout in waiting)
 
     def is_pinned(self, key: str) -> bool:
         """Whether the adapter keeps its place whoever uses it."""
@@ -283,51 +283,55 @@ class Residency:
 
     def _place(self, adapter: _Adapter) -> bool:
         """Give the adapter a place and start its copy, or fail it. False when it has to wait."""
-        victims = self._victims(adapter.size)
+        victims = self._victims(adapter.layout)
         if victims is None:
             return self._fail_behind_pins(adapter)
         for victim in victims:
             self._evict(victim)
             victim.evictions += 1
         del self._queue[adapter.key]
-        adapter.place = self._slots.take(adapter.size)
+        adapter.place = self._slots.take(adapter.layout)
         self._placed[adapter.key] = adapter
         self._start(adapter, self._loader.copy(adapter.key, adapter.place, self._slots.launched()))
         return True
 
-    def _victims(self, size: int) -> list[_Adapter] | None:
-        """The adapters to evict so that `size` elements fit; None when evicting all of them is not enough."""
+    def _victims(self, layout: Layout) -> list[_Adapter] | None:
+        """The adapters to evict so that another fits; None when evicting all of them is not enough."""
         now = self._clock()
         idle = [
             adapter
             for adapter in self._placed.values()
             if not adapter.users and not adapter.pinned and adapter.is_resident and adapter.kept_until <= now
         ]
-        if not self._fits(size, idle):
+        if not self._fits(layout, idle):
             return None
         victims: list[_Adapter] = []
-        while not self._fits(size, victims):
+        while not self._fits(layout, victims):
             victims.append(idle.pop(0))
         # The last one made room, perhaps in one piece with only some of the others: spare the rest.
         for victim in reversed(victims[:-1]):
             others = [other for other in victims if other is not victim]
-            if self._fits(size, others):
+            if self._fits(layout, others):
                 victims = others
         return victims
 
-    def _fits(self, size: int, freed: Iterable[_Adapter]) -> bool:
-        return self._slots.fits(size, [adapter.place for adapter in freed if adapter.place is not None])
+    def _fits(self, layout: Layout, freed: Iterable[_Adapter]) -> bool:
+        return self._slots.fits(layout, [adapter.place for adapter in freed if adapter.place is not None])
 
     def _fail_behind_pins(self, adapter: _Adapter) -> bool:
         """Fail the load if pinned adapters alone are in its way: that wait could last for ever."""
-        if self._fits(adapter.size, [other for other in self._placed.values() if not other.pinned]):
+        if self._fits(adapter.layout, [other for other in self._placed.values() if not other.pinned]):
             return False
         item = self.tables.arena.itemsize
-        pinned = sum(other.size for other in self._placed.values() if other.pinned)
+        pinned = self._slots.elements(
+            [other.place for other in self._placed.values() if other.pinned and other.place is not None]
+        )
+        shared = adapter.layout.shared
+        also = "" if shared is None else f" and {shared.size * item} of what it shares with others"
         self._fail(
             adapter,
             Conflict(
-                f"adapter {adapter.key} needs {adapter.size * item} bytes in one piece on the device, and "
+                f"adapter {adapter.key} needs {adapter.size * item} bytes in one piece{also} on the device, and "
                 f"pinned adapters hold {pinned * item} of --adapter-memory {self.arena_bytes}; "
                 "unpin some or restart the server with more"
             ),

@@ -22,6 +22,7 @@ from veneer.engine.packed import FusedPart, PackedLinear
 from veneer.kernels.attention import paged_attention
 from veneer.kernels.epilogue import add_update, gated, rope
 from veneer.kernels.low_rank import Workspace, shrink
+from veneer.kernels.shared import scale_ranks
 from veneer.kernels.tables import AdapterTables, RowTiles
 from veneer.kernels.transform import transform_input
 
@@ -175,6 +176,8 @@ class FusedLayer(nn.Module):
             parts = product.linear.parts(x)
         if rows.adapted:
             shrink(x, tables, rows, product.site, product.sites, workspace, beside=True)
+        if rows.row_slots is not None:
+            scale_ranks(tables, rows, product.site, product.sites, len(x), workspace)
         return parts
 
     def _adapters(self) -> tuple[AdapterTables, RowTiles, Workspace]:

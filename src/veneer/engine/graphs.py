@@ -9,6 +9,7 @@ step, so one graph replays any mix. Rows that pad a bucket write to and read fro
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from enum import IntEnum
@@ -23,15 +24,16 @@ from veneer.engine.base import Base
 from veneer.engine.scheduler import Scheduled
 from veneer.engine.sequence import ALWAYS
 from veneer.kernels.attention import PagedBatch
-from veneer.kernels.low_rank import choose_tile_rows, fill_tiles, tile_capacity, view_tiles
-from veneer.kernels.tables import RowTiles, Segment, Transforms
+from veneer.kernels.low_rank import choose_tile_rows, fill_tiles, slots_of_rows, tile_capacity, view_tiles
+from veneer.kernels.tables import RowTiles, Segment, Transforms, join_kin
 from veneer.kernels.upload import copy_by_kernel
 
 _WARM_UPS = 2  # the first compiles the kernels
 MIXED_BUCKETS = (128, 256, 512, 1024)  # with more rows the GPU is busy for longer than the host
-# A row has the first four (for PREVIOUS see `HostTables.fill`), a sequence the next two, one that samples the last.
-IDS, POSITIONS, SLOTS, PREVIOUS, LENGTHS, QUERY_START, LAST_ROWS = range(7)
-ROW_FIELDS, DECODE_FIELDS, MIXED_FIELDS = 4, 5, 7
+# A row has the first five (for PREVIOUS see `HostTables.fill`), a sequence the next two, one that samples the last.
+# ADAPTERS and HEAD_ADAPTERS, the slots of adapters, are written for steps that read them: see `RowTiles.row_slots`.
+IDS, POSITIONS, SLOTS, PREVIOUS, ADAPTERS, LENGTHS, QUERY_START, LAST_ROWS, HEAD_ADAPTERS = range(9)
+ROW_FIELDS, DECODE_FIELDS, MIXED_FIELDS = 5, 6, 9
 
 
 def buckets_up_to(max_batch: int) -> list[int]:
@@ -70,7 +72,7 @@ def _merge(parts: Rows[tuple[int, int]]) -> list[Segment]:
 
 
 class Variant(IntEnum):
-    """What a graph does for adapters. Each does what those before it do."""
+    """What a graph does for adapters. Up to HIDDEN each does what those before it do."""
 
     BASE = 0
     ADAPTED = 1
@@ -79,6 +81,23 @@ class Variant(IntEnum):
     # the plain layers do what the others add
     CHANGED = 4  # adds dense and sparse changes, too: `RowTiles.deltas`
     HIDDEN = 5  # has activations and hidden states, too: `RowTiles.hidden`
+    # as ADAPTED, TURNED and HIDDEN, with factors that adapters share, too: `RowTiles.row_slots`
+    SHARED = 6
+    SHARED_TURNED = 7
+    SHARED_HIDDEN = 8
+
+    @property
+    def is_shared(self) -> bool:
+        return self >= Variant.SHARED
+
+    @property
+    def does(self) -> Variant:
+        """The one up to HIDDEN that does the same, but for shared factors."""
+        return (
+            (Variant.ADAPTED, Variant.TURNED, Variant.HIDDEN)[self - Variant.SHARED]
+            if self.is_shared
+            else self
+        )
 
 
 class TableSizes(NamedTuple):
@@ -134,8 +153,11 @@ class HostTables:
         sequences: int,
         tile_rows: int,
         previous: Rows[int] | None,
+        kin: Mapping[int, bytes] | None = None,
     ) -> int:
         """Write a step, padded to `bucket` rows and `sequences` sequences; returns how many elements it needs.
+
+        With `kin` neighbours of one kin come into the same tiles, and the slots of all rows are written.
 
         `previous` are the places of the rows' tokens among those of the step before, when only the device
         knows them: then every sequence has one row. Raises ValueError when the tiles do not fit.
@@ -146,10 +168,16 @@ class HostTables:
         lengths[: len(planned)] = [item.start + item.count for item in planned]
         lengths[len(planned) : sequences] = 1
         self._fill_rows(planned, np.array(counts, np.int64), bucket, previous)
-        fill_tiles(self._tiles, segments_of(planned), tile_rows)
+        self._fill_tiles(self._tiles, segments_of(planned), tile_rows, ADAPTERS, kin)
         return used
 
-    def fill_chunks(self, planned: Rows[Scheduled], sequences: int, tile_rows: int) -> None:
+    def fill_chunks(
+        self,
+        planned: Rows[Scheduled],
+        sequences: int,
+        tile_rows: int,
+        kin: Mapping[int, bytes] | None = None,
+    ) -> None:
         """Write what a mixed step has besides: the rows of each sequence, and those of the logits."""
         starts, last_rows = self._rows[QUERY_START], self._rows[LAST_ROWS]
         starts[1 : len(planned) + 1] = np.cumsum([item.count for item in planned])
@@ -158,7 +186,7 @@ class HostTables:
         last_rows[: len(samples)] = starts[1:][samples] - 1
         last_rows[len(samples) : sequences] = 0
         heads = [planned[index] for index in samples]
-        fill_tiles(self._head_tiles, head_segments_of(heads), tile_rows)
+        self._fill_tiles(self._head_tiles, head_segments_of(heads), tile_rows, HEAD_ADAPTERS, kin)
 
     def copy_to(self, device: StepTables, used: int) -> None:
         """Start the copy of the first `used` elements."""
@@ -170,6 +198,21 @@ class HostTables:
         """Until the last copy is done: it is, when the step that it was for is."""
         if self._copied is not None:
             self._copied.synchronize()
+
+    def _fill_tiles(
+        self,
+        tiles: NDArray[np.int32],
+        segments: list[Segment],
+        tile_rows: int,
+        field: int,
+        kin: Mapping[int, bytes] | None,
+    ) -> None:
+        """Write tiles and, with `kin`, the slots of their rows into `field`."""
+        if kin is not None:
+            slots = slots_of_rows(segments)
+            self._rows[field, : len(slots)] = slots
+            segments = join_kin(segments, kin)
+        fill_tiles(tiles, segments, tile_rows)
 
     def _fill_pages(self, tables: list[list[int]], sequences: int) -> int:
         """Write the block table; returns how many elements of the buffer are in use."""
@@ -188,7 +231,7 @@ class HostTables:
     ) -> None:
         """Write the fields of each row; lengths and pages are written."""
         size, rows = self._page_size, int(counts.sum())
-        fields = self._rows[:ROW_FIELDS, :rows]
+        fields = self._rows[:ADAPTERS, :rows]
         owner = np.repeat(np.arange(len(planned)), counts)
         # A sequence's last row is its last token, and so on backwards.
         index = np.arange(rows) + (self._rows[LENGTHS, : len(planned)] - counts.cumsum())[owner]
@@ -198,18 +241,22 @@ class HostTables:
         fields[POSITIONS] = index - unplaced[owner]
         fields[SLOTS] = self._block_table[index // size, owner] * size + index % size
         fields[PREVIOUS] = previous or -1
-        self._rows[:ROW_FIELDS, rows:bucket] = [[0], [0], [self._scratch[0] * size], [-1]]
+        self._rows[:ADAPTERS, rows:bucket] = [[0], [0], [self._scratch[0] * size], [-1]]
 
 
-def _view(block: torch.Tensor, variant: Variant, tile_rows: int, sites: int) -> RowTiles:
+def _view(
+    block: torch.Tensor, row_slots: torch.Tensor, variant: Variant, tile_rows: int, sites: int
+) -> RowTiles:
     """Tiles of a step in which an adapter may do at each of `sites` sites what the variant does."""
     everywhere, nowhere = frozenset(range(sites)), frozenset[int]()
+    shared, variant = variant.is_shared, variant.does
     transforms = Transforms(
         inputs=everywhere if variant >= Variant.TURNED else nowhere,
         outputs=everywhere if variant >= Variant.SCALED else nowhere,
     )
-    flags = (variant >= each for each in (Variant.CHANGED, Variant.HIDDEN))
-    return view_tiles(block, (), variant >= Variant.ADAPTED, tile_rows, transforms, *flags)
+    flags = variant >= Variant.CHANGED, variant >= Variant.HIDDEN
+    slots = row_slots if shared else None
+    return view_tiles(block, (), variant >= Variant.ADAPTED, tile_rows, transforms, *flags, slots)
 
 
 @dataclass(frozen=True)
@@ -264,7 +311,7 @@ class StepGraphs(ABC):
     @torch.inference_mode()
     def capture(self, bucket: int, variant: Variant, pool: Any) -> None:
         """Capture one of those. No step may be under way."""
-        self._fill([], bucket, None)
+        self._fill([], bucket, None, variant)
         self._captured[bucket, variant] = self._capture(bucket, variant, pool)
 
     @torch.inference_mode()
@@ -275,9 +322,10 @@ class StepGraphs(ABC):
         left in the first rows of `tokens`.
         """
         bucket = self._bucket(planned)
-        self._fill(planned, bucket, previous)
-        captured = self._find(planned, bucket)
-        assert captured is not None  # `fits` says so
+        variant = self._find(planned, bucket)
+        assert variant is not None  # `fits` says so
+        self._fill(planned, bucket, previous, variant)
+        captured = self._captured[bucket, variant]
         captured.graph.replay()
         self.replays += 1
         count = sum(item.samples for item in planned)
@@ -287,8 +335,8 @@ class StepGraphs(ABC):
         rows = sum(item.count for item in planned)
         return next(size for size in self._buckets if size >= rows)
 
-    def _find(self, planned: Rows[Scheduled], bucket: int) -> _Captured | None:
-        """The graph of the least variant that does what these need, if there is one."""
+    def _find(self, planned: Rows[Scheduled], bucket: int) -> Variant | None:
+        """The least variant that does what these need and is captured, if there is one."""
         tables = self._base.context.tables
         assert tables is not None  # the runner sets them
         slots = tables.acting.intersection(slot for item in planned for slot, _ in item.parts)
@@ -299,21 +347,37 @@ class StepGraphs(ABC):
             need = Variant.CHANGED
         if not slots.isdisjoint(tables.hidden):
             need = Variant.HIDDEN
-        found = (self._captured.get((bucket, variant)) for variant in self._variants if variant >= need)
-        return next(filter(None, found), None)
+        shared = not slots.isdisjoint(tables.kin)
+        for variant in self._variants:
+            if variant.does >= need and variant.is_shared == shared and (bucket, variant) in self._captured:
+                return variant
+        return None
 
     def _is_regular(self, planned: Rows[Scheduled]) -> bool:
         """Whether there is one segment of the base and of each adapter at most: tables are sized for that."""
         return all(item.sequence.changes == ALWAYS for item in planned)
 
-    def _fill(self, planned: Rows[Scheduled], bucket: int, previous: Rows[int] | None) -> None:
+    def _fill(
+        self, planned: Rows[Scheduled], bucket: int, previous: Rows[int] | None, variant: Variant
+    ) -> None:
         host = next(self._hosts)
         host.wait()
-        host.copy_to(self._tables, self._fill_host(host, planned, bucket, previous))
+        host.copy_to(self._tables, self._fill_host(host, planned, bucket, previous, variant))
+
+    def _kin(self, variant: Variant) -> Mapping[int, bytes] | None:
+        """As for `HostTables.fill`."""
+        tables = self._base.context.tables
+        assert tables is not None  # the runner sets them
+        return tables.kin if variant.is_shared else None
 
     @abstractmethod
     def _fill_host(
-        self, host: HostTables, planned: Rows[Scheduled], bucket: int, previous: Rows[int] | None
+        self,
+        host: HostTables,
+        planned: Rows[Scheduled],
+        bucket: int,
+        previous: Rows[int] | None,
+        variant: Variant,
     ) -> int:
         """Write a step; returns how many elements of the buffer it needs."""
 
@@ -371,10 +435,11 @@ class DecodeGraphs(StepGraphs):
         Without `every_variant` steps that run plain layers have no graph: these are hundreds of launches each.
         """
         self._slots = slots
+        self._max_batch = max_batch
         self._tile_rows = choose_tile_rows(max_batch)
         sizes = TableSizes(DECODE_FIELDS, max_batch, self._tile_entries(max_batch), 0, max_batch, max_pages)
         buckets = buckets_up_to(max_batch)
-        variants = tuple(Variant) if every_variant else tuple(Variant)[: Variant.CHANGED]
+        variants = tuple(each for each in Variant if every_variant or each.does < Variant.CHANGED)
         super().__init__(base, tokens, buckets, sizes, page_size, scratch_page, variants)
         self._query_start = torch.arange(max_batch + 1, dtype=torch.int32, device=base.device)
 
@@ -388,9 +453,15 @@ class DecodeGraphs(StepGraphs):
         return tiles < self._tile_entries(bucket)
 
     def _fill_host(
-        self, host: HostTables, planned: Rows[Scheduled], bucket: int, previous: Rows[int] | None
+        self,
+        host: HostTables,
+        planned: Rows[Scheduled],
+        bucket: int,
+        previous: Rows[int] | None,
+        variant: Variant,
     ) -> int:
-        return host.fill(planned, bucket, bucket, self._tile_rows, previous)
+        tile_rows = choose_tile_rows(self._max_batch, variant.is_shared)
+        return host.fill(planned, bucket, bucket, tile_rows, previous, self._kin(variant))
 
     def _tile_entries(self, bucket: int) -> int:
         return 1 + tile_capacity(bucket, self._slots, self._tile_rows)
@@ -398,7 +469,11 @@ class DecodeGraphs(StepGraphs):
     def _bind(self, bucket: int, variant: Variant) -> None:
         step, tables = self._base.context, self._tables
         tiles = tables.tiles[: self._tile_entries(bucket)]
-        step.rows = step.head_rows = _view(tiles, variant, self._tile_rows, len(self._base.sites))
+        slots, tile_rows = (
+            tables.rows[ADAPTERS, :bucket],
+            choose_tile_rows(self._max_batch, variant.is_shared),
+        )
+        step.rows = step.head_rows = _view(tiles, slots, variant, tile_rows, len(self._base.sites))
         step.batch = PagedBatch(
             query_start=self._query_start[: bucket + 1],
             kv_len=tables.rows[LENGTHS, :bucket],
@@ -438,7 +513,7 @@ class MixedGraphs(StepGraphs):
             self._sequences,
             max_pages,
         )
-        variants = (Variant.ADAPTED, Variant.TURNED, Variant.CHANGED, Variant.HIDDEN)
+        variants = tuple(each for each in Variant if each not in (Variant.BASE, Variant.SCALED))
         super().__init__(base, tokens, buckets, sizes, page_size, scratch_page, variants)
 
     def fits(self, planned: Rows[Scheduled]) -> bool:
@@ -455,10 +530,16 @@ class MixedGraphs(StepGraphs):
         return tiles < self._tile_entries(bucket) and head_tiles < len(self._tables.head_tiles)
 
     def _fill_host(
-        self, host: HostTables, planned: Rows[Scheduled], bucket: int, previous: Rows[int] | None
+        self,
+        host: HostTables,
+        planned: Rows[Scheduled],
+        bucket: int,
+        previous: Rows[int] | None,
+        variant: Variant,
     ) -> int:
-        host.fill_chunks(planned, self._sequences, self._head_tile_rows)
-        return host.fill(planned, bucket, self._sequences, choose_tile_rows(bucket), previous)
+        shared, kin = variant.is_shared, self._kin(variant)
+        host.fill_chunks(planned, self._sequences, choose_tile_rows(self._sequences, shared), kin)
+        return host.fill(planned, bucket, self._sequences, choose_tile_rows(bucket, shared), previous, kin)
 
     def _tile_entries(self, bucket: int) -> int:
         return 1 + tile_capacity(bucket, self._slots, choose_tile_rows(bucket))
@@ -470,8 +551,10 @@ class MixedGraphs(StepGraphs):
         step, tables, count = self._base.context, self._tables, self._sequences
         tiles = tables.tiles[: self._tile_entries(bucket)]
         sites = len(self._base.sites)
-        step.rows = _view(tiles, variant, choose_tile_rows(bucket), sites)
-        step.head_rows = _view(tables.head_tiles, variant, self._head_tile_rows, sites)
+        tile_rows, head_tile_rows = (choose_tile_rows(n, variant.is_shared) for n in (bucket, count))
+        step.rows = _view(tiles, tables.rows[ADAPTERS, :bucket], variant, tile_rows, sites)
+        head_slots = tables.rows[HEAD_ADAPTERS, :count]
+        step.head_rows = _view(tables.head_tiles, head_slots, variant, head_tile_rows, sites)
         step.batch = PagedBatch(
             query_start=tables.rows[QUERY_START, : count + 1],
             kv_len=tables.rows[LENGTHS, :count],

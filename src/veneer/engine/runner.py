@@ -1,6 +1,7 @@
 """Runs one planned batch through the base: builds the step's tables, one forward, samples.
 
-Sequences are sorted by adapter slot, so that each adapter's rows are neighbours; those of the base come first.
+Sequences are sorted by adapter slot, so that each adapter's rows are neighbours; those of the base come first, and
+adapters that share their factors are neighbours, too.
 On a GPU `Runner.launch` only queues the work, and a step can be launched on tokens that the one before has yet
 to choose.
 """
@@ -199,13 +200,16 @@ class Runner:
         """Run an eager step of idle rows as if the adapter in the first slot could do all that `variant` does."""
         tables = self._step.tables
         assert tables is not None
-        flags: tuple[dict[int, Any], ...] = (tables.transforms, tables.deltas, tables.hidden)
+        flags: tuple[dict[int, Any], ...] = (tables.transforms, tables.deltas, tables.hidden, tables.kin)
         kept = [dict(each) for each in flags]
         acting = set(tables.acting)
         tables.acting.add(0)
         for each in flags:
             each.pop(0, None)
         everywhere, nowhere = frozenset(range(tables.entries.shape[1])), frozenset[int]()
+        if variant.is_shared:
+            tables.kin[0] = b""
+        variant = variant.does
         if variant >= Variant.SCALED:
             inputs = everywhere if variant >= Variant.TURNED else nowhere
             tables.transforms[0] = Transforms(inputs, everywhere)
@@ -251,7 +255,7 @@ class Runner:
         With `previous`, the launch before this one, all rows go on from its tokens, which only the device knows.
         """
         self._virtual_tokens.write(batch.items)
-        planned = sorted(batch.items, key=lambda item: item.slot)
+        planned = sorted(batch.items, key=self._place)
         pending = None if previous is None else [previous.rows[item.sequence.id] for item in planned]
         graphs = self._graphs_for(planned)
         hidden = None
@@ -270,6 +274,11 @@ class Runner:
             done.record()
         rows = {item.sequence.id: row for row, item in enumerate(sampled)}
         return Launched(batch, rows, result, scored, done)
+
+    def _place(self, item: Scheduled) -> tuple[bytes, int]:
+        """In the order of rows: those of the base first, those of one kin together."""
+        assert self._step.tables is not None  # set at the start
+        return self._step.tables.kin.get(item.slot, b""), item.slot
 
     def _choose(
         self, logits: torch.Tensor, items: Rows[Scheduled], last: torch.Tensor
@@ -389,7 +398,7 @@ class Runner:
         segments = tables.acting_in(segments)
         transforms = tables.transforms_of({segment.slot for segment in segments})
         flags = tables.delta(segments), tables.has_hidden(segments)
-        return make_tiles(segments, rows, self._slots, self.base.device, transforms, *flags)
+        return make_tiles(segments, rows, self._slots, self.base.device, transforms, *flags, tables.kin)
 
     def _sampling_row(self, item: Scheduled) -> SamplingRow:
         sequence = item.sequence

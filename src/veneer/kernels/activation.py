@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional
 
 from veneer.kernels.backend import launch_options, resolve
-from veneer.kernels.low_rank import DECODE_TILE, PROGRAMS, Workspace
+from veneer.kernels.low_rank import DECODE_TILE, MAX_PARTS, PROGRAMS, Workspace
 from veneer.kernels.tables import (
     ABSENT,
     ACTIVATION,
@@ -39,8 +39,6 @@ from veneer.kernels.tables import (
     AdapterTables,
     RowTiles,
 )
-
-MAX_PARTS = 8  # programs that share the ranks of a tile
 
 ELEMENTWISE_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "": lambda h: h,

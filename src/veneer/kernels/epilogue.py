@@ -2,6 +2,9 @@
 
     total = OUT(sum of parts + bias) + update      update = B^T h + the adapter's bias, h from kernels/low_rank.py
 
+Where tiles have `row_slots`, B^T h is multiplied by each row's own factors, and h must have been by `scale_ranks`
+(kernels/shared.py).
+
 OUT is the scale and the rotation of kernels/transform.py; it is applied, and its places are read, only when a call
 says `scaled`. The sums run in float32 and are rounded to the engine's dtype once; what is computed of them is
 rounded where separate layers would round it. Rows without an adapter have no update and no OUT. The tiles must
@@ -19,8 +22,9 @@ import torch
 from torch.nn import functional
 
 from veneer.kernels.backend import launch_options, resolve
-from veneer.kernels.low_rank import DECODE_TILE, PROGRAMS, Workspace
-from veneer.kernels.tables import ABSENT, BASE_SLOT, RANK, AdapterTables, RowTiles
+from veneer.kernels.low_rank import PROGRAMS, SHARED_TILE, Workspace
+from veneer.kernels.shared import scales_of
+from veneer.kernels.tables import ABSENT, BASE_SLOT, RANK, UPDATE_SCALE, AdapterTables, RowTiles
 from veneer.kernels.transform import transform_output_torch
 
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -42,20 +46,22 @@ def plan(
 ) -> EpiloguePlan:
     """Choose tiles for `columns` columns of left blocks, or for all columns in blocks of a head.
 
-    Few tiles get narrow blocks, so that there are programs for every multiprocessor.
+    Few tiles get narrow blocks, so that there are programs for every multiprocessor. Of those of SHARED_TILE rows
+    few are in use, whatever their capacity.
     """
-    prefill = tile_rows > DECODE_TILE
+    prefill, shared = tile_rows > SHARED_TILE, tile_rows == SHARED_TILE
     if head_dim is not None:
         block_n, blocks = 1 << (head_dim // 2 - 1).bit_length(), columns // head_dim
     else:
-        block_n = 64 if prefill or capacity * (-(-columns // 64)) >= PROGRAMS // 2 else 32
+        many = not shared and capacity * (-(-columns // 64)) >= PROGRAMS // 2
+        block_n = 64 if prefill or many else 32
         blocks = -(-columns // block_n)
     return EpiloguePlan(
         block_m=tile_rows,
         block_n=block_n,
-        block_r=32 if prefill and rank_bound > 16 else 16,
+        block_r=32 if (prefill or shared) and rank_bound > 16 else 16,
         programs=min(capacity * blocks, PROGRAMS),
-        num_warps=8 if prefill else 2,
+        num_warps=8 if prefill else 4 if shared else 2,
     )
 
 
@@ -266,7 +272,9 @@ def _add_expanded(
         _, b_offset, bias_offset, rank = workspace.entries[slot, site, : RANK + 1].tolist()
         if rank:
             b = torch.as_strided(tables.arena, (rank, width), (width, 1), b_offset)
-            total[start:stop] += h[start:stop, :rank].float() @ b.float()
+            update = h[start:stop, :rank].float() @ b.float()
+            scales = scales_of(tables, tiles, site, UPDATE_SCALE, start, stop, width)
+            total[start:stop] += update if scales is None else update * scales.float()
         if bias_offset != ABSENT:
             total[start:stop] += tables.arena[bias_offset : bias_offset + width].float()
 
@@ -388,13 +396,16 @@ def _launch(
     capacity = tiles.tiles.shape[0] if tiles.adapted else -(-rows // tiles.tile_rows)
     h = workspace.held(site, sites, rows) if tiles.adapted else workspace.planes.view(1, 1, 1, -1)
     sizes = plan(columns, capacity, tiles.tile_rows, workspace.rank_bound, head_dim)
-    tensors = (tables.arena, tables.entries, tiles.tiles, tiles.used, h)
+    row_slots = tiles.row_slots if tiles.adapted else None
+    of_rows = tiles.used if row_slots is None else row_slots
+    tensors = (tables.arena, tables.entries, tiles.tiles, tiles.used, of_rows, h)
     constants = {
         "PARTS": 1 << (count - 1).bit_length(),
         "SPLITS": h.shape[1],
         "HAS_BIAS": bias is not None,
         "ADAPTED": tiles.adapted,
         "SCALED": scaled and tiles.adapted,
+        "SHARED": row_slots is not None,
         "BLOCK_M": sizes.block_m,
         "BLOCK_N": sizes.block_n,
         "BLOCK_R": sizes.block_r,

@@ -3,6 +3,7 @@
 For each row of each segment with an adapter, at one site:  y += B^T (A x) + bias    A: [rank, in], B: [rank, out]
 
 Where tiles are `hidden`, what stands between A and B is applied too: B^T phi(A x + d) (kernels/activation.py).
+Where they have `row_slots`, so are the factors of adapters that share A and B (kernels/shared.py).
 
 `shrink` makes h = A x for the sites of one input; an epilogue (kernels/epilogue.py) adds B^T h to what the base
 computed. Sums run in float32. h is rounded once to the engine's dtype before B, as PEFT's lora_A does; in
@@ -16,7 +17,7 @@ of adapters and a table that is mostly empty costs nothing.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,19 +31,23 @@ from veneer.kernels.tables import (
     BASE_SLOT,
     NO_TRANSFORMS,
     RANK,
+    UPDATE_SCALE,
     AdapterTables,
     RowTiles,
     Segment,
     Transforms,
+    join_kin,
 )
 from veneer.kernels.upload import upload
 
 GROUP_SITES = 3  # the most sites that share an input: q, k and v
 DECODE_TILE = 8  # rows; the fewest that a matrix unit takes
+SHARED_TILE = 32  # rows of decode steps in which adapters share A and B, which are read once for each tile
 PROGRAMS = 1056  # eight for each multiprocessor of an H100, so that loads are in flight everywhere
 MAX_SPLITS = 16  # planes of h; the epilogue reads them all
 MIN_SPLIT = 256  # columns; a shorter split costs more in planes than it wins
 SPLIT_ROWS = 4096  # splits x rows stays under this, which bounds the planes
+MAX_PARTS = 8  # programs that share the ranks of a tile
 MAX_VIEWS = 1 << 15  # cached views of the arena; more are rebuilt
 
 
@@ -55,30 +60,41 @@ class ShrinkPlan:
     block_k: int  # columns of x
     splits: int
     split_size: int  # columns of x in one split, a multiple of block_k
+    parts: int  # programs that share the ranks of a tile in one split
     programs: int
     num_warps: int
     num_stages: int
 
 
 def plan(
-    rows: int, in_features: int, sites: int, capacity: int, tile_rows: int, rank_bound: int
+    rows: int,
+    in_features: int,
+    sites: int,
+    capacity: int,
+    tile_rows: int,
+    rank_bound: int,
+    shared: bool = False,
 ) -> ShrinkPlan:
     """Choose tiles: few rows are split over the columns of x to fill the GPU, many rows are not.
 
-    Decode steps of every size are split alike, so that a row's sums do not depend on the others.
+    Decode steps of every size are split alike, so that a row's sums do not depend on the others. With `shared` a
+    tile may have all rows of a step, and many ranks: programs share these, too.
     """
     prefill = tile_rows > DECODE_TILE
     block_k = 64 if prefill else 128
     wanted = min(MAX_SPLITS, in_features // MIN_SPLIT, SPLIT_ROWS // max(rows, 1) if prefill else MAX_SPLITS)
     split_size = _ceil_div(_ceil_div(in_features, _power_of_two_up_to(wanted)), block_k) * block_k
     splits = _ceil_div(in_features, split_size)
+    block_r = 16 if rank_bound <= 16 else 32
+    parts = min(_ceil_div(rank_bound, block_r), MAX_PARTS) if shared else 1
     return ShrinkPlan(
         block_m=tile_rows,
-        block_r=16 if rank_bound <= 16 else 32,
+        block_r=block_r,
         block_k=block_k,
         splits=splits,
         split_size=split_size,
-        programs=min(capacity * sites * splits, PROGRAMS),
+        parts=parts,
+        programs=min(capacity * sites * splits * parts, PROGRAMS),
         num_warps=4 if prefill else 2,
         num_stages=3,
     )
@@ -88,9 +104,11 @@ def _power_of_two_up_to(value: int) -> int:
     return 1 << max(value, 1).bit_length() - 1
 
 
-def choose_tile_rows(rows: int) -> int:
+def choose_tile_rows(rows: int, shared: bool = False) -> int:
     """Rows of a tile for a step of `rows` rows: 8 for decode, 64 once prefill chunks fill tiles."""
-    return DECODE_TILE if rows <= 256 else 64
+    if rows > 256:
+        return 64
+    return SHARED_TILE if shared else DECODE_TILE
 
 
 def tile_capacity(rows: int, slots: int, tile_rows: int) -> int:
@@ -126,9 +144,10 @@ def view_tiles(
     transforms: Transforms = NO_TRANSFORMS,
     deltas: bool = False,
     hidden: bool = False,
+    row_slots: torch.Tensor | None = None,
 ) -> RowTiles:
     """The tiles that `fill_tiles` wrote, once they are on the device: views of `block`."""
-    does = (transforms, deltas, hidden)
+    does = (transforms, deltas, hidden, row_slots)
     return RowTiles(tuple(segments), block[1:], block[0, :1], adapted, tile_rows, *does)
 
 
@@ -140,22 +159,36 @@ def make_tiles(
     transforms: Transforms = NO_TRANSFORMS,
     deltas: bool = False,
     hidden: bool = False,
+    kin: Mapping[int, bytes] | None = None,
 ) -> RowTiles:
     """Cut segments into tiles, on `device` by one asynchronous copy. For what adapters do see `RowTiles`.
+
+    Neighbours of one kin (by slot, see `tables.find_kin`) come into the same tiles.
 
     The segments must cover rows 0 to `rows` in order, those of the base included; raises ValueError otherwise.
     """
     stops = [0, *(segment.stop for segment in segments)]
     if [segment.start for segment in segments] != stops[:-1] or stops[-1] != rows:
         raise ValueError(f"segments {list(segments)} do not cover rows 0 to {rows} in order")
-    tile_rows = choose_tile_rows(rows)
+    shared = kin is not None and any(segment.slot in kin for segment in segments)
+    tile_rows = choose_tile_rows(rows, shared)
+    joined = join_kin(segments, kin) if kin else segments
     # Those of the base can lie between those of adapters: then there are more segments than slots.
-    shape = (1 + tile_capacity(rows, max(slots, len(segments) - 1), tile_rows), 3)
-    block = np.zeros(shape, np.int32)
-    fill_tiles(block, segments, tile_rows)
+    places = 3 * (1 + tile_capacity(rows, max(slots, len(segments) - 1), tile_rows))
+    block = np.zeros(places + (rows if shared else 0), np.int32)
+    fill_tiles(block[:places].reshape(-1, 3), joined, tile_rows)
+    if shared:
+        block[places:] = slots_of_rows(segments)
+    uploaded = upload(block, np.int32, device)
     adapted = any(segment.slot != BASE_SLOT for segment in segments)
-    does = (transforms, deltas, hidden)
-    return view_tiles(upload(block, np.int32, device), segments, adapted, tile_rows, *does)
+    does = (transforms, deltas, hidden, uploaded[places:] if shared else None)
+    return view_tiles(uploaded[:places].view(-1, 3), joined, adapted, tile_rows, *does)
+
+
+def slots_of_rows(segments: Sequence[Segment]) -> NDArray[np.int32]:
+    """The slot of each row."""
+    slots, starts, stops = np.array(segments, np.int32).reshape(-1, 3).T
+    return np.repeat(slots, stops - starts)
 
 
 class Workspace:
@@ -276,7 +309,8 @@ def shrink_triton(
     if not tiles.adapted or rows == 0:
         return
     capacity = tiles.tiles.shape[0]
-    sizes = plan(rows, inputs, sites, capacity, tiles.tile_rows, workspace.rank_bound)
+    shared = tiles.row_slots is not None
+    sizes = plan(rows, inputs, sites, capacity, tiles.tile_rows, workspace.rank_bound, shared)
     jit.shrink[(sizes.programs,)](
         x,
         tables.arena,
@@ -293,6 +327,7 @@ def shrink_triton(
         sizes.split_size,
         SITES=sites,
         SPLITS=sizes.splits,
+        PARTS=sizes.parts,
         BLOCK_M=sizes.block_m,
         BLOCK_R=sizes.block_r,
         BLOCK_K=sizes.block_k,
@@ -324,6 +359,7 @@ def low_rank_torch(
     matmul over concatenated factors 97 us (the concatenation is most of it), the base's own matmul 102 us.
     """
     from veneer.kernels.activation import activated
+    from veneer.kernels.shared import scale_rows, scales_of
 
     _check(x, y, tables, workspace)
     inputs, outputs = x.shape[1], y.shape[1]
@@ -337,7 +373,11 @@ def low_rank_torch(
             h = torch.mm(x[start:stop], a)
             if hidden:
                 h = activated(h, workspace.entries[slot, site].tolist(), tables.arena).to(b.dtype)
-            rows.addmm_(h, b)
+            scales = scales_of(tables, tiles, site, UPDATE_SCALE, start, stop, outputs)
+            if scales is None:
+                rows.addmm_(h, b)
+            else:
+                rows.add_(torch.mm(scale_rows(h, tables, tiles, site, start), b).mul_(scales))
         if bias is not None:
             rows.add_(bias)
 
@@ -348,6 +388,7 @@ def low_rank_triton(
     """`low_rank` as Triton kernels: `shrink`, the activation if there is one, and the epilogue that adds into y."""
     from veneer.kernels.activation import activate_triton
     from veneer.kernels.epilogue import add_update_triton
+    from veneer.kernels.shared import scale_ranks_triton
 
     _check(x, y, tables, workspace)
     if not tiles.adapted or x.shape[0] == 0:
@@ -355,6 +396,8 @@ def low_rank_triton(
     shrink_triton(x, tables, tiles, site, 1, workspace)
     if tiles.hidden and tables.hidden_at(tiles.segments, site):
         activate_triton(tables, tiles, site, 1, x.shape[0], workspace)
+    if tiles.row_slots is not None:
+        scale_ranks_triton(tables, tiles, site, 1, x.shape[0], workspace)
     add_update_triton(y[None], tables, tiles, site, workspace, out=y)
 
 

@@ -6,20 +6,22 @@ adapters: what changes between steps is only their content.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
-COLUMNS = 16  # of an entry
+COLUMNS = 18  # of an entry
 A_OFFSET, B_OFFSET, BIAS_OFFSET, RANK, IN_OFFSET, IN_BLOCK, OUT_OFFSET, OUT_PAIR = range(8)
 INNER_OFFSET, ACTIVATION, GROUP, DETAIL = range(8, 12)
-DENSE_OFFSET, SPARSE_OFFSET, TOKENS_OFFSET, TOKENS = range(12, COLUMNS)
+DENSE_OFFSET, SPARSE_OFFSET, TOKENS_OFFSET, TOKENS = range(12, 16)
+RANK_SCALE, UPDATE_SCALE = range(16, COLUMNS)
 OFFSETS = [
     *(A_OFFSET, B_OFFSET, BIAS_OFFSET, IN_OFFSET, OUT_OFFSET, DENSE_OFFSET, SPARSE_OFFSET, TOKENS_OFFSET),
-    INNER_OFFSET,
+    *(INNER_OFFSET, RANK_SCALE, UPDATE_SCALE),
 ]
 ABSENT = -1  # an offset of a tensor that the adapter does not have at a site
 BASE_SLOT = -1  # the slot of rows without an adapter
@@ -67,6 +69,8 @@ class AdapterTables:
         kernels/token_rows.py).
     ACTIVATION, GROUP, DETAIL, INNER_OFFSET: what becomes of A x before B, and the d [rank] that is added to it
         first (see kernels/activation.py).
+    RANK_SCALE, UPDATE_SCALE: the factors [rank] of A x and [out] of B^T h. Where they are, A and B are shared with
+        other adapters, which lie elsewhere in the arena (see kernels/shared.py).
 
     Tensors are row-major. Offsets that are not ABSENT must be multiples of ALIGNED: kernels rely on it unchecked.
     What multiplies is stored as its difference from the identity: it is mostly close to it, and bfloat16, which
@@ -80,6 +84,9 @@ class AdapterTables:
     deltas: dict[int, Deltas] = field(default_factory=dict)  # likewise
     hidden: dict[int, frozenset[int]] = field(default_factory=dict)  # likewise, see `find_hidden`
     acting: set[int] = field(default_factory=set)  # host: slots of adapters that have anything at some site
+    kin: dict[int, bytes] = field(
+        default_factory=dict
+    )  # host: by slot, of those that share A and B: `find_kin`
 
     @cached_property
     def ints(self) -> torch.Tensor:
@@ -129,6 +136,20 @@ def find_hidden(entries: torch.Tensor, linear_sites: int) -> frozenset[int]:
     return frozenset(used.nonzero().flatten().tolist())
 
 
+def find_kin(entries: torch.Tensor) -> bytes | None:
+    """What an adapter's entries [sites, COLUMNS] are apart from its factors; None when it has no such factors.
+
+    It is equal for adapters that differ by their factors alone, as offsets of anything else are an adapter's own:
+    their rows may be in one tile.
+    """
+    scales = [RANK_SCALE, UPDATE_SCALE]
+    if not bool((entries[:, scales] != ABSENT).any()):
+        return None
+    rest = entries.clone()
+    rest[:, scales] = 0
+    return hashlib.sha256(rest.numpy().tobytes()).digest()
+
+
 def find_transforms(entries: torch.Tensor) -> Transforms:
     """Read from an adapter's entries, int64 [sites, COLUMNS] on the CPU."""
     return Transforms(_present(entries, IN_OFFSET), _present(entries, OUT_OFFSET))
@@ -163,9 +184,23 @@ class Segment(NamedTuple):
     stop: int  # one past the last row
 
 
+def join_kin(segments: Iterable[Segment], kin: Mapping[int, bytes]) -> list[Segment]:
+    """The segments, neighbours of one kin as one, in the slot of the first."""
+    joined: list[Segment] = []
+    for segment in segments:
+        own = kin.get(segment.slot)
+        if joined and own is not None and own == kin.get(joined[-1].slot):
+            joined[-1] = joined[-1]._replace(stop=segment.stop)
+        else:
+            joined.append(segment)
+    return joined
+
+
 @dataclass(frozen=True)
 class RowTiles:
     """Which rows of x use which slot. Rows of one adapter are neighbours, and every row is in one tile.
+
+    Adapters of one kin are as one: the tile has the slot of one of them, `row_slots` that of each row.
 
     `tiles[i] = (slot, first_row, rows)` cuts the segments into at most `tile_rows` rows each. Kernels read
     `used` on the device and loop over that many tiles, so a captured graph replays any mix.
@@ -179,6 +214,9 @@ class RowTiles:
     transforms: Transforms = NO_TRANSFORMS  # host: where some row may have its base's input or output changed
     deltas: bool = False  # host: some row may have a dense or sparse change of the base's weight
     hidden: bool = False  # host: some row may have an activation, or a part at a hidden state
+    row_slots: torch.Tensor | None = (
+        None  # int32 [rows], on the arena's device; None: no row's adapter has kin
+    )
 
     def turned(self, site: int, sites: int = 1) -> bool:
         """Whether some row may have its base's input changed at one of these neighbouring sites."""

@@ -1,7 +1,8 @@
 """PEFT's VERA: y += λ_b ⊙ B(λ_d ⊙ A x), where all layers share A and B; read as peft 0.21 writes it.
 
-A layer uses the first in_features columns of A [r, largest in] and the first out_features rows of B
-[largest out, r]. Without save_projection both are drawn again from projection_prng_key.
+A and B of one seed and size are the same in every adapter, so they are shared (program.py): λ_b and λ_d are all
+that an adapter has for itself. A layer uses the first in_features columns of A [r, largest in] and the first
+out_features rows of B [largest out, r]. Without save_projection both are drawn again from projection_prng_key.
 https://github.com/huggingface/peft/blob/v0.21.0/src/peft/tuners/vera/model.py
 
 Keys are `base_model.model.<module>.vera_lambda_b` [out], `vera_lambda_d` [r], and `base_model.vera_A`,
@@ -31,10 +32,10 @@ from veneer.adapters.methods.common import (
     check_rank,
     choose_sites,
     explain_for,
-    low_rank,
     read_fields,
 )
-from veneer.adapters.program import Program
+from veneer.adapters.program import Program, SiteProgram
+from veneer.errors import AdapterRefused
 
 
 class Shared(Targeting, frozen=True, kw_only=True):
@@ -99,14 +100,23 @@ def lower_shared(
             "save_projection: false; the shared projections were drawn again from projection_prng_key, which "
             "gives those of the training as long as torch's generator stays the same. Save them to be sure."
         )
-    # Layers of one width share their A in memory: λ_b and λ_d are folded into B alone.
-    cut = {width: a[: config.r, :width].contiguous() for width in {site.in_features for site in sites}}
+    # Layers of one width have the same tensor: what is shared is told by that.
+    cut_a = {n: a[: config.r, :n].contiguous() for n in sorted({site.in_features for site in sites})}
+    cut_b = {n: b[:n].T.contiguous() for n in sorted({site.out_features for site in sites})}
+    limits = {n: each.abs().max() for n, each in cut_b.items()}
     programs = {}
     for site in sites:
         lambda_b = checkpoint.read(f"{PREFIX}{site.name}.{name}_lambda_b")
         lambda_d = checkpoint.read(f"{PREFIX}{site.name}.{name}_lambda_d")[: config.r]
-        scaled = b[: site.out_features].T * lambda_d[:, None] * lambda_b
-        programs[site.name] = low_rank(site, cut[site.in_features], scaled)
+        largest = lambda_b.abs().max() * lambda_d.abs().max() * limits[site.out_features]
+        if not largest.isfinite():
+            raise AdapterRefused(f"The change of {site.name} overflows; the adapter's values are too large.")
+        programs[site.name] = SiteProgram(
+            a=cut_a[site.in_features],
+            b=cut_b[site.out_features],
+            rank_scale=lambda_d.contiguous(),
+            update_scale=lambda_b,
+        )
     return Program(
         kind=name,
         sites=programs,

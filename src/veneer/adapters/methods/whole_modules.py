@@ -91,6 +91,7 @@ class WholeModules:
             program = SiteProgram(tokens=rows)
         if own is None:
             return program
+        own = own.folded()
         return replace(program, tokens=_joined([own.tokens, program.tokens]), a=own.a, b=own.b)
 
     def _scale_inputs(self, sites: dict[str, SiteProgram], checkpoint: Checkpoint, base: Base) -> bool:
@@ -235,6 +236,7 @@ def _joined(parts: Iterable[TokenRows | None]) -> TokenRows | None:
 
 def _with_input(site: SiteProgram, scale: torch.Tensor) -> SiteProgram:
     """The same for an input that is `scale` [in] times as large."""
+    site = site.folded()  # what was shared is its own from here on
     turn = torch.ones(len(scale), 1, 1) if site.rotate_in is None else site.rotate_in
     sparse = site.sparse
     if sparse is not None:

@@ -12,7 +12,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.language.standard import _sum_combine
 
 from veneer.kernels.jit.low_rank import ENTRY, load_tile
+from veneer.kernels.jit.shared import load_scales
 from veneer.kernels.jit.transform import OUT_COLUMN, PAIR_COLUMN, load_transform
+from veneer.kernels.tables import UPDATE_SCALE
+
+UPDATE_COLUMN = tl.constexpr(UPDATE_SCALE)
 
 
 @triton.jit
@@ -136,17 +140,23 @@ def load_b(b, r, rank, n, inside, width):
 @triton.jit
 def expand(
     left, right, arena, planes, entry_left, entry_right, second, row, live, n_left, n_right,
-    inside_left, inside_right, width, plane_size, rank_stride,
-    SPLITS: tl.constexpr, BLOCK_R: tl.constexpr,
+    inside_left, inside_right, width, plane_size, rank_stride, entries, row_slots, slot_stride,
+    site_left, site_right, SPLITS: tl.constexpr, SHARED: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """The totals plus B^T h and the adapter's bias; n_* are columns of B, `second` the right block's planes.
 
-    The next block of ranks is on its way while one is multiplied.
+    SHARED: B^T h is multiplied by the factors of each row's own adapter at its site, where it has some. The next
+    block of ranks is on its way while one is multiplied.
     """
     b_left, bias_left, rank_left = entry_left
     b_right, bias_right, rank_right = entry_right
     b_left = arena + b_left
     b_right = arena + b_right
+    total_left = left
+    total_right = right
+    if SHARED:
+        left = tl.full(left.shape, 0.0, tl.float32)
+        right = tl.full(right.shape, 0.0, tl.float32)
     r = tl.arange(0, BLOCK_R)
     matrix_left = load_b(b_left, r, rank_left, n_left, inside_left, width)
     matrix_right = load_b(b_right, r, rank_right, n_right, inside_right, width)
@@ -167,6 +177,22 @@ def expand(
         matrix_left, matrix_right, h_left, h_right = next_left, next_right, next_h_left, next_h_right
     left = tl.dot(matrix_left, h_left.to(matrix_left.dtype), left, input_precision="ieee")
     right = tl.dot(matrix_right, h_right.to(matrix_right.dtype), right, input_precision="ieee")
+    if SHARED:
+        left = total_left + left * load_scales(
+            arena, entries, row_slots, slot_stride, site_left, row, live, n_left, inside_left, UPDATE_COLUMN
+        )
+        right = total_right + right * load_scales(
+            arena,
+            entries,
+            row_slots,
+            slot_stride,
+            site_right,
+            row,
+            live,
+            n_right,
+            inside_right,
+            UPDATE_COLUMN,
+        )
     if bias_left >= 0:
         left += tl.load(arena + bias_left + n_left, mask=inside_left, other=0.0).to(tl.float32)[:, None]
     if bias_right >= 0:
@@ -176,7 +202,7 @@ def expand(
 
 @triton.jit(
     do_not_specialize=["site", "rows_total", "capacity", "count"],
-    do_not_specialize_on_alignment=["tiles", "used"],
+    do_not_specialize_on_alignment=["tiles", "used", "row_slots"],
 )
 def add_update(
     parts,  # [count, rows_total, out], rows part_stride and parts part_size apart
@@ -187,6 +213,7 @@ def add_update(
     entries,
     tiles,
     used,
+    row_slots,  # int32 [rows_total], with SHARED
     planes,  # float32 [1, SPLITS, rows_total, rank_stride]
     site,
     rows_total,
@@ -205,6 +232,7 @@ def add_update(
     HAS_RESIDUAL: tl.constexpr,
     ADAPTED: tl.constexpr,
     SCALED: tl.constexpr,  # some row's adapter may change the base's output
+    SHARED: tl.constexpr,  # some row's adapter may share A and B with others
     IN_PLACE: tl.constexpr,  # out is parts, and there is nothing else to add: tiles of the base are skipped
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # of each of the two blocks of columns
@@ -255,7 +283,8 @@ def add_update(
         if ADAPTED:
             left, right = expand(
                 left, right, arena, planes, entry, entry, None, row, live, n_left, n_right,
-                inside_left, inside_right, out_features, plane_size, rank_stride, SPLITS, BLOCK_R,
+                inside_left, inside_right, out_features, plane_size, rank_stride, entries, row_slots, slot_stride,
+                site, site, SPLITS, SHARED, BLOCK_R,
             )  # fmt: skip
         dtype = out.dtype.element_ty
         left = left.to(dtype)
@@ -287,7 +316,7 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=["site", "rows_total", "capacity", "count"],
-    do_not_specialize_on_alignment=["tiles", "used"],
+    do_not_specialize_on_alignment=["tiles", "used", "row_slots"],
 )
 def gated(
     parts,  # [count, rows_total, 2 * half]: gate, up
@@ -297,6 +326,7 @@ def gated(
     entries,
     tiles,
     used,
+    row_slots,  # int32 [rows_total], with SHARED
     planes,  # float32 [SITES, SPLITS, rows_total, rank_stride]
     site,
     rows_total,
@@ -314,6 +344,7 @@ def gated(
     HAS_BIAS: tl.constexpr,
     ADAPTED: tl.constexpr,
     SCALED: tl.constexpr,  # some row's adapter may change the base's output
+    SHARED: tl.constexpr,  # some row's adapter may share A and B with others
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -364,12 +395,14 @@ def gated(
             if SITES == 2:
                 gate, up = expand(
                     gate, up, arena, planes, entry, entry_up, planes + SPLITS * plane_size, row, live, n, n,
-                    inside, inside, half, plane_size, rank_stride, SPLITS, BLOCK_R,
+                    inside, inside, half, plane_size, rank_stride, entries, row_slots, slot_stride,
+                    site, site + 1, SPLITS, SHARED, BLOCK_R,
                 )  # fmt: skip
             else:
                 gate, up = expand(
                     gate, up, arena, planes, entry, entry_up, None, row, live, n, n + half,
-                    inside, inside, 2 * half, plane_size, rank_stride, SPLITS, BLOCK_R,
+                    inside, inside, 2 * half, plane_size, rank_stride, entries, row_slots, slot_stride,
+                    site, site, SPLITS, SHARED, BLOCK_R,
                 )  # fmt: skip
         dtype = out.dtype.element_ty
         gate = activate(gate.to(dtype).to(tl.float32), ACTIVATION)
@@ -398,7 +431,7 @@ def normalize(first, second, weight, d, inside, eps, HEAD_DIM: tl.constexpr, HAL
 
 @triton.jit(
     do_not_specialize=["site", "rows_total", "capacity", "count", "eps"],
-    do_not_specialize_on_alignment=["tiles", "used", "slot_mapping"],
+    do_not_specialize_on_alignment=["tiles", "used", "row_slots", "slot_mapping"],
 )
 def rope(
     parts,  # [count, rows_total, (HEADS + 2 * KV_HEADS) * HEAD_DIM]
@@ -415,6 +448,7 @@ def rope(
     entries,
     tiles,
     used,
+    row_slots,  # int32 [rows_total], with SHARED
     planes,  # float32 [SITES, SPLITS, rows_total, rank_stride]
     site,
     rows_total,
@@ -436,6 +470,7 @@ def rope(
     HAS_K_NORM: tl.constexpr,
     ADAPTED: tl.constexpr,
     SCALED: tl.constexpr,  # some row's adapter may change the base's output
+    SHARED: tl.constexpr,  # some row's adapter may share A and B with others
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # half of HEAD_DIM, rounded up to a power of two
     BLOCK_R: tl.constexpr,
@@ -495,7 +530,8 @@ def rope(
         if ADAPTED:
             left, right = expand(
                 left, right, arena, planes + member * SPLITS * plane_size, entry, entry, None, row, live,
-                n, n + HALF, inside, inside, width, plane_size, rank_stride, SPLITS, BLOCK_R,
+                n, n + HALF, inside, inside, width, plane_size, rank_stride, entries, row_slots, slot_stride,
+                site + member, site + member, SPLITS, SHARED, BLOCK_R,
             )  # fmt: skip
         dtype = q.dtype.element_ty
         left = left.to(dtype)

@@ -53,6 +53,7 @@ def shrink(
     split_size,  # columns of x in one split
     SITES: tl.constexpr,
     SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,  # programs that share the ranks of a tile at a site in one split
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -71,21 +72,24 @@ def shrink(
     pid = tl.program_id(0)
     step = tl.num_programs(0)
     count = tl.load(used)
-    slot, first, rows = load_tile(tiles, pid // (SITES * SPLITS), capacity, count)
-    a_offset, rank = load_a(entries, slot, slot_stride, site + pid // SPLITS % SITES)
-    for item in range(pid, count * (SITES * SPLITS), step):
+    slot, first, rows = load_tile(tiles, pid // (SITES * SPLITS * PARTS), capacity, count)
+    a_offset, rank = load_a(entries, slot, slot_stride, site + pid // (SPLITS * PARTS) % SITES)
+    for item in range(pid, count * (SITES * SPLITS * PARTS), step):
         a = arena + a_offset
         ranks = rank
         row = first.to(tl.int64) + tl.arange(0, BLOCK_M)
         live = tl.arange(0, BLOCK_M) < rows
         # the next tile and its entry are on their way while this one is computed
-        slot, first, rows = load_tile(tiles, (item + step) // (SITES * SPLITS), capacity, count)
-        a_offset, rank = load_a(entries, slot, slot_stride, site + (item + step) // SPLITS % SITES)
-        split = item % SPLITS
+        slot, first, rows = load_tile(tiles, (item + step) // (SITES * SPLITS * PARTS), capacity, count)
+        a_offset, rank = load_a(entries, slot, slot_stride, site + (item + step) // (SPLITS * PARTS) % SITES)
+        split = item // PARTS % SPLITS
         start = split * split_size
         stop = tl.minimum(start + split_size, in_features)
-        plane = planes + (item // SPLITS % SITES * SPLITS + split).to(tl.int64) * rows_total * rank_stride
-        for r_start in range(0, ranks, BLOCK_R):
+        plane = (
+            planes
+            + (item // (SPLITS * PARTS) % SITES * SPLITS + split).to(tl.int64) * rows_total * rank_stride
+        )
+        for r_start in range(item % PARTS * BLOCK_R, ranks, PARTS * BLOCK_R):
             r = r_start + tl.arange(0, BLOCK_R)
             a_rows = a + r.to(tl.int64)[:, None] * in_features
             h = tl.full((BLOCK_R, BLOCK_M), 0.0, tl.float32)
