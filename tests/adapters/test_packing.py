@@ -77,7 +77,19 @@ def test_entries_find_every_tensor_at_its_true_rank(dtype: torch.dtype) -> None:
         scales = None
         if part.scale_out is not None and part.cross_out is not None:
             scales = torch.stack((part.scale_out - 1, part.cross_out))
-        stored = (part.a, part.b, part.bias, turn, scales, part.dense, None, None, part.inner_bias, None, None)
+        stored = (
+            part.a,
+            part.b,
+            part.bias,
+            turn,
+            scales,
+            part.dense,
+            None,
+            None,
+            part.inner_bias,
+            None,
+            None,
+        )
         for offset, tensor in zip(entries[index, OFFSETS].tolist(), stored, strict=True):
             if tensor is None:
                 assert offset == ABSENT

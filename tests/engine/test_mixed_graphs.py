@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 import triton.language  # noqa: F401  before the patch: only our own kernels are to be interpreted
-from tests.engine.adapters import save_lora
+from peft import VeraConfig
+from tests.engine.adapters import load, save_lora, save_random
 
 from veneer.engine.graphs import MixedGraphs, Variant, _Captured
 from veneer.kernels.attention import PagedBatch, paged_attention_torch, paged_attention_triton
@@ -25,6 +26,7 @@ if not CUDA:  # a kernel is compiled or interpreted according to this when its m
         import veneer.kernels.jit.attention  # noqa: F401
 
 ADAPTERS = [f"{rank:064x}" for rank in (2, 5, 16)]
+KIN = [f"{seed:064x}" for seed in (100, 101, 102)]  # VeRAs that share their factors
 PAGE = 2 * 3 * 4 * 2 * 16 * 4  # bytes: K and V, layers, tokens, heads, head_dim, float32
 POISON = 1 << 30  # far out of every range
 
@@ -36,6 +38,9 @@ def stores(make_stores: Callable[..., Callable[[str], Path]]) -> Callable[[str],
     def write(base: Path, blobs: Path) -> None:
         for digest in ADAPTERS:
             save_lora(blobs / digest, base, int(digest, 16))
+        for digest in KIN:
+            config = VeraConfig(r=9, target_modules=["q_proj", "v_proj", "down_proj", "lm_head"])
+            save_random(blobs / digest, load(base), config, seed=int(digest, 16))
 
     return make_stores(write)
 
@@ -43,15 +48,15 @@ def stores(make_stores: Callable[..., Callable[[str], Path]]) -> Callable[[str],
 Ask = tuple[list[int], str | None, dict[str, Any]]
 
 
-def requests() -> list[Ask]:
-    """Prompts of many lengths for the base and every adapter, and each kind of sampling."""
+def requests(distinct: list[str] = ADAPTERS) -> list[Ask]:
+    """Prompts of many lengths for the base and three adapters, and each kind of sampling."""
     kinds: list[dict[str, Any]] = [
         {},
         {"logprobs": 3},
         {"temperature": 1.0, "seed": 5, "logprobs": 0},
         {"repetition_penalty": 1.4, "frequency_penalty": 0.3},
     ]
-    adapters = [None, *ADAPTERS]
+    adapters = [None, *distinct]
     return [
         (
             [3 + (i * 7 + j * (i + 1)) % 120 for j in range(1 + (i * 5) % 23)],
@@ -83,8 +88,8 @@ class Replay:
     The torch kernels go by host lists, which a graph has not; here they are read back from the tables.
     """
 
-    def __init__(self, graphs: MixedGraphs, bucket: int, vocabulary: int) -> None:
-        self.graphs, self.bucket = graphs, bucket
+    def __init__(self, graphs: MixedGraphs, bucket: int, variant: Variant, vocabulary: int) -> None:
+        self.graphs, self.bucket, self.variant = graphs, bucket, variant
         self.batches: list[tuple[PagedBatch, PagedBatch]] = []  # as bound, and with what the lists would say
         width = graphs._sequences
         self.captured = _Captured(
@@ -95,7 +100,7 @@ class Replay:
 
     def replay(self) -> None:
         graphs, step = self.graphs, self.graphs._base.context
-        graphs._bind(self.bucket, Variant.ADAPTED)
+        graphs._bind(self.bucket, self.variant)
         assert step.batch is not None
         starts = step.batch.query_start.tolist()
         exact = replace(
@@ -130,7 +135,9 @@ def listed(rows: RowTiles | None, count: int | None) -> RowTiles:
     return replace(rows, segments=segments)
 
 
-def replay_on_cpu(driver: Any, max_batch: int = 7) -> list[Replay]:
+def replay_on_cpu(
+    driver: Any, max_batch: int = 7, variants: tuple[Variant, ...] = (Variant.ADAPTED,)
+) -> list[Replay]:
     """Let an engine on the CPU run all its steps as mixed ones run on a GPU, but for the capture."""
     engine = driver.engine
     graphs = MixedGraphs(
@@ -146,8 +153,9 @@ def replay_on_cpu(driver: Any, max_batch: int = 7) -> list[Replay]:
     graphs._tables.buffer.fill_(POISON)  # what a step does not set would be noticed
     for cache in (cache for layer in engine.base.context.kv_cache for cache in layer):
         cache[-1] = float("nan")  # the page of rows that pad
-    made = [Replay(graphs, bucket, engine.base.config.vocab_size) for bucket in graphs._buckets]
-    graphs._captured = {(replay.bucket, Variant.ADAPTED): replay.captured for replay in made}
+    vocabulary = engine.base.config.vocab_size
+    made = [Replay(graphs, bucket, each, vocabulary) for each in variants for bucket in graphs._buckets]
+    graphs._captured = {(replay.bucket, replay.variant): replay.captured for replay in made}
     engine.runner.mixed_graphs = graphs
     return made
 
@@ -216,6 +224,29 @@ def test_every_step_is_the_eager_one(
     assert tokens_of(answer(driver, asked, every=1)) == tokens_of(expected)
     assert all(seen[what] for what in wanted), seen
     assert seen["steps"] == driver.engine.runner.mixed_graphs.replays
+
+
+def test_steps_of_kin_are_the_eager_ones(
+    tiny_model: Callable[[str], Path], stores: Callable[[str], str], make_engine: Callable[..., Any]
+) -> None:
+    """Rows and sampled rows of several adapters in one tile, chunks and tokens from the device among them."""
+    model, store = tiny_model("llama"), str(stores("llama"))
+    asked = requests([*KIN[:2], ADAPTERS[0]])
+    expected = answer(make_engine(model, store=store, lookahead=False), asked, every=1)
+    driver = make_engine(model, store=store, lookahead=True, max_num_seqs=7)
+    for adapter in (*KIN, ADAPTERS[0]):
+        driver.generate([3], adapter, max_tokens=1)
+    replays = replay_on_cpu(driver, variants=(Variant.ADAPTED, Variant.SHARED))
+    seen = check_each_step(driver)
+    assert tokens_of(answer(driver, asked, every=1)) == tokens_of(expected)
+    assert {replay.variant for replay in replays if replay.batches} == {Variant.ADAPTED, Variant.SHARED}
+    assert min(seen["chunks beside decode rows"], seen["tokens from the device"]) > 0
+    step = driver.engine.base.context
+    driver.run(*(driver.submit([5, 6, 7], adapter, max_tokens=1) for adapter in KIN))
+    for rows, each in ((step.rows, 3), (step.head_rows, 1)):
+        assert len(rows.segments) == 1
+        assert rows.row_slots[: 3 * each].reshape(3, -1).unique(dim=1).shape == (3, 1)
+        assert len(rows.row_slots[: 3 * each].unique()) == 3
 
 
 def test_the_smallest_bucket_is_taken_and_larger_steps_are_eager(

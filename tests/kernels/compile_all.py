@@ -1,7 +1,8 @@
-"""Compiles the kernels that adapters' changes of the base's input and output have a part in, without a GPU.
+"""Compiles the kernels that adapters' changes of the base's input and output, or what they share, have a part in.
 
-python tests/kernels/compile_all.py CAPABILITY prints the name of each and the bytes of its machine code. It is a
-process of its own because a kernel is compiled or interpreted as the environment says when its module is imported.
+python tests/kernels/compile_all.py CAPABILITY prints the name of each and the bytes of its machine code; no GPU is
+needed. It is a process of its own because a kernel is compiled or interpreted as the environment says when its
+module is imported.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from veneer.kernels.jit import epilogue, transform
+from veneer.kernels.jit import epilogue, low_rank, shared, transform
 
 DECODE = {"BLOCK_M": 8, "BLOCK_R": 16}
 EPILOGUE = {
@@ -22,9 +23,14 @@ EPILOGUE = {
     "HAS_BIAS": False,
     "ADAPTED": True,
     "SCALED": True,
+    "SHARED": False,
     "BLOCK_N": 64,
     **DECODE,
 }
+WIDE = {"BLOCK_M": 32, "BLOCK_R": 32}  # of steps in which adapters share factors
+SHARED = {**EPILOGUE, "SCALED": False, "SHARED": True, "SPLITS": 1, "BLOCK_N": 32, **WIDE}
+SHARED_PREFILL = {**SHARED, "SCALED": True, "BLOCK_M": 64, "BLOCK_N": 64}
+SHRINK = {"SITES": 3, "SPLITS": 16, "PARTS": 8, "BLOCK_K": 64, "STAGES": 3, "BESIDE": True, **WIDE}
 HEADS = {"HEADS": 32, "KV_HEADS": 8, "HEAD_DIM": 128, "HAS_Q_NORM": True, "HAS_K_NORM": True}
 KERNELS: list[tuple[Any, dict[str, Any], int]] = [  # with their constants and warps
     (epilogue.add_update, {"HAS_RESIDUAL": True, "IN_PLACE": False, **EPILOGUE}, 2),
@@ -33,8 +39,15 @@ KERNELS: list[tuple[Any, dict[str, Any], int]] = [  # with their constants and w
     (transform.transform_input, {"SITES": 3, "BLOCK_M": 8, "BLOCK_N": 32, "BLOCK_K": 32}, 2),
     (transform.transform_input, {"SITES": 1, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, 4),
     (transform.transform_output, {"BLOCK_M": 8, "BLOCK_N": 128}, 2),
+    (low_rank.shrink, SHRINK, 4),
+    (shared.scale_ranks, {"SITES": 3, "PARTS": 8, **WIDE}, 4),
+    (epilogue.add_update, {"HAS_RESIDUAL": True, "IN_PLACE": False, **SHARED}, 4),
+    (epilogue.gated, {"SITES": 2, "ACTIVATION": "silu", **SHARED}, 4),
+    (epilogue.gated, {"SITES": 1, "ACTIVATION": "silu", **SHARED_PREFILL}, 8),
+    (epilogue.rope, {"SITES": 3, **HEADS, **SHARED, "BLOCK_N": 64}, 4),
+    (epilogue.rope, {"SITES": 3, **HEADS, **SHARED_PREFILL}, 8),
 ]
-FLOAT32, INT32 = ("parts", "planes"), ("tiles", "used", "slot_mapping")
+FLOAT32, INT32 = ("parts", "planes"), ("tiles", "used", "row_slots", "slot_mapping")
 BF16 = (
     "x", "y", "out", "arena", "bias", "residual", "q", "k_cache", "v_cache", "cos", "sin", "q_norm", "k_norm"
 )  # fmt: skip

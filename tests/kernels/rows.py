@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from veneer.kernels.low_rank import fill_tiles, tile_capacity, view_tiles
-from veneer.kernels.tables import RowTiles, Segment
+from veneer.kernels.low_rank import fill_tiles, slots_of_rows, tile_capacity, view_tiles
+from veneer.kernels.tables import NO_TRANSFORMS, RowTiles, Segment, join_kin
 
 
 def segments_of(counts: Sequence[tuple[int, int]]) -> list[Segment]:
@@ -30,10 +30,14 @@ def tiles_of(
     adapted: bool = True,
     deltas: bool = False,
     hidden: bool = False,
+    kin: Mapping[int, bytes] | None = None,
 ) -> RowTiles:
-    """The tiles of segments on a device, with `spare` places more than they can need."""
+    """The tiles of segments on a device, with `spare` places more than they can need; those of one kin joined."""
     rows = segments[-1].stop if segments else 0
     capacity = tile_capacity(rows, slots, tile_rows) + spare
     block = torch.full((1 + capacity, 3), 12345, dtype=torch.int32)  # past the used ones anything
-    fill_tiles(block.numpy(), segments, tile_rows)
-    return view_tiles(block.to(device), segments, adapted, tile_rows, deltas=deltas, hidden=hidden)
+    joined = join_kin(segments, kin or {})
+    fill_tiles(block.numpy(), joined, tile_rows)
+    row_slots = torch.from_numpy(slots_of_rows(segments)).to(device) if kin else None
+    does = (NO_TRANSFORMS, deltas, hidden, row_slots)
+    return view_tiles(block.to(device), joined, adapted, tile_rows, *does)

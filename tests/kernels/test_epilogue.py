@@ -13,9 +13,9 @@ import torch
 import triton.language  # noqa: F401  before the patch: only our own kernels are to be interpreted
 from tests.kernels.rows import segments_of, tiles_of
 
-from veneer.kernels import epilogue, low_rank
+from veneer.kernels import epilogue, low_rank, shared
 from veneer.kernels.epilogue import plan
-from veneer.kernels.low_rank import DECODE_TILE, PROGRAMS, Workspace, fill_tiles, view_tiles
+from veneer.kernels.low_rank import DECODE_TILE, PROGRAMS, SHARED_TILE, Workspace, fill_tiles, view_tiles
 from veneer.kernels.tables import (
     ABSENT,
     ALIGNED,
@@ -24,10 +24,13 @@ from veneer.kernels.tables import (
     OUT_OFFSET,
     OUT_PAIR,
     RANK,
+    RANK_SCALE,
+    UPDATE_SCALE,
     AdapterTables,
     RowTiles,
     Segment,
     absent_entries,
+    find_kin,
 )
 
 CUDA = torch.cuda.is_available()
@@ -35,7 +38,8 @@ if not CUDA:  # a kernel is compiled or interpreted according to this when its m
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         import veneer.kernels.jit.epilogue
-        import veneer.kernels.jit.low_rank  # noqa: F401
+        import veneer.kernels.jit.low_rank
+        import veneer.kernels.jit.shared  # noqa: F401
 
 SITE = 1  # the first of a group
 HEADS, KV_HEADS = 4, 2
@@ -60,6 +64,9 @@ class Case:
     heads: tuple[int, int] = (HEADS, KV_HEADS)
     features: int | None = None
     changes: tuple[tuple[int, int], ...] = ()  # (slot, pair): its adapter scales the output, in pairs over 0
+    kin: tuple[
+        int, ...
+    ] = ()  # slots that share the factors of the first of them, each with scales of its own
 
     @property
     def rows(self) -> int:
@@ -106,6 +113,28 @@ SMALL = [
         tile_rows=64,
         changes=((0, 4), (1, 0)),
     ),
+    Case("kin", ((0, 3), (1, 4), (2, 1)), (20, 20, 20), splits=2, bias=True, kin=(0, 1, 2)),
+    Case(
+        "kin beside others",
+        ((BASE, 2), (3, 5), (1, 30), (2, 9), (0, 3), (BASE, 1)),
+        (4, 40, 40, 0),
+        (0, 3),
+        splits=3,
+        norms=True,
+        tile_rows=SHARED_TILE,
+        kin=(1, 2),
+    ),
+    Case("joined kin", ((1, 2), (0, 7), (2, 1)), (17, 17, 3), splits=0, joined=True, kin=(0, 1)),
+    Case(
+        "kin in large tiles",
+        ((0, 70), (1, 3), (2, 61), (BASE, 5)),
+        (40, 40, 8),
+        splits=2,
+        tile_rows=64,
+        changes=((2, 4),),
+        kin=(0, 1),
+    ),
+    Case("odd kin", ((1, 2), (0, 9)), (33, 33), (), 1040, splits=2, features=131, kin=(0, 1)),
     Case("split input", ((1, 2), (0, 1)), (3, 20), (), 1040, splits=2, bias=True),
 ]
 LLAMA = Case("", (), inputs=4096, head_dim=128, heads=(32, 8), features=14336, splits=4)
@@ -132,6 +161,22 @@ LARGE = [
     ),
     replace(
         LLAMA,
+        name="64 kin",
+        counts=tuple((s, 1) for s in range(64)),
+        ranks=(256,) * 64,
+        tile_rows=SHARED_TILE,
+        kin=tuple(range(64)),
+    ),
+    replace(
+        LLAMA,
+        name="kin beside LoRA",
+        counts=((BASE, 3), (0, 20), (3, 2), (1, 40), (2, 300)),
+        ranks=(16, 256, 256, 8),
+        tile_rows=64,
+        kin=(1, 2),
+    ),
+    replace(
+        LLAMA,
         name="prefill",
         counts=((0, 300), (BASE, 100), (1, 112)),
         ranks=(16, 100),
@@ -155,6 +200,7 @@ class Setup:
         pieces: list[torch.Tensor] = []
         entries = absent_entries(len(case.ranks), SITE + self.sites + 1)
         self.factors: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self.shared: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
         def place(values: torch.Tensor) -> int:
             size = sum(map(len, pieces))
@@ -168,9 +214,20 @@ class Setup:
                 b = self.randn(rank, width) / max(rank, 1) ** 0.5
                 bias = self.randn(width) * (slot in case.biases)
                 a, b, bias = (side.to(dtype) for side in (a, b, bias))
-                self.factors[slot, index] = a.double(), b.double(), bias.double()
-                if rank:
-                    entries[slot, SITE + index, : RANK + 1] = torch.tensor([place(a), place(b), ABSENT, rank])
+                entry = entries[slot, SITE + index]
+                first = case.kin[0] if slot in case.kin else slot
+                if first != slot:
+                    entry[: RANK + 1] = entries[first, SITE + index, : RANK + 1]
+                    a, b = self.shared[index]
+                elif rank:
+                    entry[: RANK + 1] = torch.tensor([place(a), place(b), ABSENT, rank])
+                    self.shared[index] = a, b
+                scaled = a.double()
+                if slot in case.kin:
+                    c, d = ((self.randn(size) * 0.6).to(dtype) for size in (rank, width))
+                    entry[[RANK_SCALE, UPDATE_SCALE]] = torch.tensor([place(c), place(d)])
+                    scaled, b = c.double()[:, None] * scaled, b.double() * d.double()
+                self.factors[slot, index] = scaled, b.double(), bias.double()
                 if slot in case.biases:
                     entries[slot, SITE + index, BIAS_OFFSET] = place(bias)
                 if slot in self.pairs:
@@ -182,6 +239,7 @@ class Setup:
         self.tables = AdapterTables(arena, entries.to(device), entries)
         self.workspace = Workspace(self.tables, max(case.rows, 1), max(*case.ranks, 1))
         self.workspace.planes.fill_(math.nan)
+        self.workspace.plane.fill_(math.nan)
         self.x = self.on_device(self.randn(case.rows, case.inputs))
         features = sum(widths)
         parts = self.randn(max(case.splits, 1), case.rows, features)
@@ -201,7 +259,10 @@ class Setup:
     def tiles(self) -> RowTiles:
         case = self.case
         adapted = any(slot != BASE for slot, _ in case.counts)
-        return tiles_of(self.segments, len(case.ranks), case.tile_rows, self.device, spare=2, adapted=adapted)
+        kin = {slot: found for slot in case.kin if (found := find_kin(self.tables.entries_host[slot]))}
+        assert len(set(kin.values())) == bool(case.kin)
+        slots = len(case.ranks)
+        return tiles_of(self.segments, slots, case.tile_rows, self.device, spare=2, adapted=adapted, kin=kin)
 
     def total(self) -> torch.Tensor:
         """OUT(parts + bias) + updates in float64."""
@@ -238,10 +299,12 @@ class Path:
         return function
 
     def shrunk(self, setup: Setup) -> tuple[AdapterTables, RowTiles, int, int, Workspace]:
-        """The arguments in the middle, after `shrink`."""
-        arguments = (setup.tables, setup.tiles(), SITE, setup.sites, setup.workspace)
-        self("shrink", low_rank)(setup.x, *arguments)
-        return arguments
+        """The arguments in the middle, after `shrink` and, where adapters share factors, `scale_ranks`."""
+        tables, tiles, workspace = setup.tables, setup.tiles(), setup.workspace
+        self("shrink", low_rank)(setup.x, tables, tiles, SITE, setup.sites, workspace)
+        if tiles.row_slots is not None:
+            self("scale_ranks", shared)(tables, tiles, SITE, setup.sites, setup.case.rows, workspace)
+        return tables, tiles, SITE, setup.sites, workspace
 
 
 DISPATCHED, TRITON = Path(""), Path("_triton")
@@ -460,5 +523,7 @@ def test_plan_bounds_the_grid_and_narrows_blocks_for_few_tiles(capacity: int, co
     blocks = -(-columns // sizes.block_n)
     assert sizes.programs == min(capacity * blocks, PROGRAMS)
     assert sizes.block_n == (64 if capacity * columns / 64 >= PROGRAMS // 2 else 32)
+    joined = plan(columns, capacity, SHARED_TILE, 256)
+    assert (joined.block_n, joined.block_r, joined.num_warps) == (32, 32, 4)
     head = plan(48 * 128, capacity, DECODE_TILE, 16, head_dim=128)
     assert (head.block_n, head.programs) == (64, min(48 * capacity, PROGRAMS))
