@@ -53,6 +53,20 @@ def test_find_looks_at_ranges_as_if_they_were_free() -> None:
     assert arena.used == 6 * K
 
 
+def test_several_ranges_fit_when_the_largest_is_placed_first() -> None:
+    arena = Arena(12 * K)
+    for size in (3, 1, 5, 3):
+        arena.allocate(size * K)
+    assert arena.fits([3 * K, 5 * K], {0, 4 * K})
+    assert arena.fits([5 * K, 3 * K], {0, 4 * K})
+    assert arena.fits([4 * K, 4 * K, 2], {0, 3 * K, 4 * K})
+    assert not arena.fits([4 * K, 4 * K, 2 * K], {0, 3 * K, 4 * K})
+    assert not arena.fits([3 * K, 6 * K], {0, 4 * K})
+    assert not arena.fits([1])
+    assert arena.fits([])
+    assert arena.used == 12 * K
+
+
 def test_a_range_is_freed_once() -> None:
     arena = Arena(2 * K)
     arena.allocate(K)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from veneer.adapters.arena import ALIGNMENT
-from veneer.adapters.packing import pack, packed_size
+from veneer.adapters.packing import pack, packed_size, shared_size
 from veneer.adapters.program import Activation, Program, Prompt, Site, SiteProgram, SparseMatrix, TokenRows
 from veneer.adapters.reach import Reach, Span
 from veneer.errors import AdapterRefused
 from veneer.kernels.tables import (
+    A_OFFSET,
     ABSENT,
     ACTIVATION,
     ACTIVATIONS,
+    B_OFFSET,
     COLUMNS,
     DETAIL,
     GROUP,
@@ -25,10 +28,12 @@ from veneer.kernels.tables import (
     OUT_OFFSET,
     OUT_PAIR,
     RANK,
+    RANK_SCALE,
     SLOTS_EACH,
     SPARSE_OFFSET,
     TOKENS,
     TOKENS_OFFSET,
+    UPDATE_SCALE,
     absent_entries,
     int_elements,
 )
@@ -400,3 +405,73 @@ def test_virtual_tokens_must_fit_type_and_shape() -> None:
             torch.float32,
             pin=False,
         )
+
+
+def test_shared_factors_are_a_blob_of_their_own_with_a_key_of_their_content() -> None:
+    torch.manual_seed(5)
+    a, b = torch.randn(3, 24), torch.randn(3, 16)
+
+    def program(scale: float, a: torch.Tensor = a, both: bool = True) -> Program:
+        part = SiteProgram(
+            a, b, rank_scale=torch.full((3,), scale), update_scale=torch.full((16,), 1 - scale)
+        )
+        return Program("vera", {"k": part, **({"v": part} if both else {})})
+
+    first, second = (pack(program(scale), SITES, torch.bfloat16, pin=False) for scale in (0.25, 0.5))
+    assert first.shared is not None
+    assert second.shared is not None
+    assert first.shared.key == second.shared.key
+    assert first.shared.blob.numel() == shared_size(program(0.0), 2) == 2 * ALIGNMENT  # once for both sites
+    assert first.size == packed_size(program(0.0), 2) == 4 * ALIGNMENT
+    assert program(0.0).num_bytes(2) == 2 * (3 * 24 + 3 * 16 + 2 * (3 + 16))
+    entries = first.entries_at(1024, 4096)
+    assert torch.equal(entries[0, 1, [A_OFFSET, B_OFFSET]], entries[0, 2, [A_OFFSET, B_OFFSET]])
+    for blob, start, column, tensor in (
+        (first.shared.blob, 4096, A_OFFSET, a),
+        (first.shared.blob, 4096, B_OFFSET, b),
+        (first.blob, 1024, RANK_SCALE, torch.full((3,), 0.25)),
+        (first.blob, 1024, UPDATE_SCALE, torch.full((16,), 0.75)),
+    ):
+        at = int(entries[0, 2, column]) - start
+        assert blob[at : at + tensor.numel()].equal(tensor.flatten().bfloat16())
+    other = pack(program(0.25, a + 1), SITES, torch.bfloat16, pin=False)
+    assert other.shared is not None
+    assert other.shared.key != first.shared.key
+    alone = pack(program(0.25, both=False), SITES, torch.bfloat16, pin=False)
+    assert alone.shared is not None
+    assert alone.shared.key == first.shared.key
+    assert pack(example(), SITES, torch.float32, pin=False).shared is None
+
+
+def test_folded_is_the_same_product_with_nothing_shared() -> None:
+    torch.manual_seed(6)
+    a, b, c, d = torch.randn(3, 24), torch.randn(3, 16), torch.randn(3), torch.randn(16)
+    part = SiteProgram(a, b, rank_scale=c, update_scale=d)
+    folded, x = part.folded(), torch.randn(24)
+    assert part.primitives == {"low_rank", "shared_factors"}
+    assert folded.primitives == {"low_rank"}
+    assert folded.a is not None
+    assert folded.b is not None
+    torch.testing.assert_close(x @ folded.a.T @ folded.b, d * ((c * (a @ x)) @ b))
+    assert folded.folded() is folded
+    for zero in (replace(part, rank_scale=0 * c), replace(part, update_scale=0 * d)):
+        assert zero.is_identity
+    assert not part.is_identity
+
+
+@pytest.mark.parametrize(
+    ("part", "named"),
+    [
+        ({"rank_scale": torch.ones(2)}, "rank_scale at k"),
+        ({"update_scale": torch.ones(24)}, "update_scale at k"),
+        ({"update_scale": None}, "or neither scale"),
+        ({"a": None, "b": None, "rank_scale": torch.ones(0)}, "or neither scale"),
+        ({"activation": Activation("relu")}, "without activation"),
+    ],
+)
+def test_scales_belong_to_a_product(part: dict[str, Any], named: str) -> None:
+    whole = SiteProgram(
+        torch.ones(3, 24), torch.ones(3, 16), rank_scale=torch.ones(3), update_scale=torch.ones(16)
+    )
+    with pytest.raises(ValueError, match=named):
+        pack(Program("x", {"k": replace(whole, **part)}), SITES, torch.float32, pin=False)

@@ -21,7 +21,16 @@ from veneer.adapters.arena import ALIGNMENT, align
 from veneer.adapters.program import Program, Site, SiteProgram
 from veneer.adapters.residency import GRACE, Residency
 from veneer.errors import AdapterRefused, Conflict, EngineUnavailable, NotFound, VeneerError
-from veneer.kernels.tables import ABSENT, COLUMNS, RANK, SLOTS_EACH, AdapterTables, absent_entries
+from veneer.kernels.tables import (
+    ABSENT,
+    COLUMNS,
+    RANK,
+    RANK_SCALE,
+    SLOTS_EACH,
+    UPDATE_SCALE,
+    AdapterTables,
+    absent_entries,
+)
 
 SITES = {
     site.name: site
@@ -49,8 +58,27 @@ def units(count: int) -> Program:
     return Program("lora", parts)
 
 
+def shared(family: int, scale: float, names: tuple[str, ...] = ("q", "k")) -> Program:
+    """Like a VeRA of rank 20: factors of a family, and scales of its own. Each site's own takes one unit."""
+    drawn = torch.Generator().manual_seed(family)
+    factors = {width: torch.randn(20, width, generator=drawn) for width in (16, 40, 24, 8)}
+    parts = {}
+    for name in names:
+        site = SITES[name]
+        scales = torch.full((20,), float(scale)), torch.full((site.out_features,), scale + 1.0)
+        factor = factors[site.in_features], factors[site.out_features]
+        parts[name] = SiteProgram(*factor, rank_scale=scales[0], update_scale=scales[1])
+    return Program("vera", parts)
+
+
+FACTORS = align(20 * 16) + align(20 * 24) + align(20 * 8)  # elements of those of q and k
+
+
 def random_program(chance: random.Random) -> Program:
     generator = torch.Generator().manual_seed(chance.getrandbits(32))
+    if chance.random() < 0.4:
+        names = ("q", "k") if chance.random() < 0.7 else ("q", "k", "gate")
+        return shared(chance.randint(0, 1), chance.random(), names)
     parts = {}
     for site in chance.sample(list(SITES.values()), chance.randint(1, len(SITES))):
         rank = chance.choice([0, 1, 3, 8, 40])
@@ -172,7 +200,8 @@ def assert_installed(tables: AdapterTables, slot: int, program: Program, sites: 
     for row, name in zip(tables.entries_host[slot].tolist(), sites, strict=True):
         part = program.sites.get(name, SiteProgram())
         assert row[RANK] == part.rank
-        for offset, tensor in zip(row[:RANK], (part.a, part.b, part.bias), strict=True):
+        tensors = (part.a, part.b, part.bias, part.rank_scale, part.update_scale)
+        for offset, tensor in zip([*row[:RANK], row[RANK_SCALE], row[UPDATE_SCALE]], tensors, strict=True):
             if tensor is None:
                 assert offset == ABSENT
             else:
@@ -681,6 +710,99 @@ def test_a_check_that_a_drop_follows_leaves_nothing(bench: MakeBench) -> None:
     assert check.done()
     assert b.residency.stats() == {}
     assert b.residency.host_bytes == 0
+
+
+# ---- factors that adapters share ---------------------------------------------------------------
+
+
+def test_shared_factors_lie_once_while_somebody_has_them(bench: MakeBench) -> None:
+    b = bench(max_loras=4)
+    tables, item = b.residency.tables, 4
+    vera = [b.add(f"vera {i}", shared(0, i)) for i in range(3)]
+    other = b.add("other", shared(1, 0))
+    b.touch(vera[0])
+    first, on_host = b.residency.device_bytes, b.residency.host_bytes
+    assert first == 2 * UNIT + FACTORS * item
+    b.touch(vera[1])
+    assert b.residency.device_bytes == first + 2 * UNIT
+    assert b.residency.host_bytes == 2 * on_host - FACTORS * item
+    b.touch(other)
+    assert b.residency.device_bytes == 2 * first + 2 * UNIT
+    assert tables.kin.keys() == {0, 2, 4}
+    assert tables.kin[0] == tables.kin[2] != tables.kin[4]
+    for name, slot in zip([*vera[:2], other], (0, 2, 4), strict=True):
+        assert_installed(tables, slot, b.programs[name], TABLE)
+    b.finish(b.residency.drop(vera[0]))  # the other goes on with what the first brought
+    assert_installed(tables, 2, b.programs[vera[1]], TABLE)
+    assert b.residency.device_bytes == 2 * first
+    b.touch(vera[2])
+    assert_installed(tables, 0, b.programs[vera[2]], TABLE)
+    for name in vera:
+        b.finish(b.residency.drop(name))
+    assert (b.residency.device_bytes, b.residency.host_bytes) == (first, on_host)
+    assert tables.kin.keys() == {4}
+
+
+def test_adapters_of_other_sites_share_no_tiles(bench: MakeBench) -> None:
+    b = bench(max_loras=3)
+    both, gate = b.add("both", shared(0, 1)), b.add("gate", shared(0, 1, ("q", "k", "gate")))
+    b.touch(both, gate)
+    kin = b.residency.tables.kin
+    assert kin[0] != kin[2]
+
+
+def test_room_for_shared_factors_is_made_and_counted_once(bench: MakeBench) -> None:
+    room = 6 * UNIT + FACTORS * 4
+    b = bench(max_loras=8, arena_bytes=room)
+    vera = [b.add(f"vera {i}", shared(0, i)) for i in range(4)]
+    b.touch(*vera[:3])
+    assert b.residency.device_bytes == room
+    b.touch(vera[3])  # one goes, and the factors stay
+    assert b.resident() == set(vera[1:])
+    large = b.add("large", one_site(40))
+    b.touch(large)  # its room is where the factors lie, so all must go
+    assert b.resident() == {large}
+    b.touch(vera[0])
+    assert_installed(b.residency.tables, b.use(vera[0]), b.programs[vera[0]], TABLE)
+
+
+def test_what_pins_leave_no_room_for_is_refused_with_both_sizes(bench: MakeBench) -> None:
+    b = bench(max_loras=4, arena_bytes=4 * UNIT + FACTORS * 4)
+    first, pinned = b.add("first", shared(0, 0)), b.add("pinned", shared(0, 1))
+    for name in (first, pinned):
+        b.residency.pin(name, True)
+        b.touch(name)
+    assert b.residency.acquire(b.add("other", shared(1, 1))) is None
+    b.until(lambda: b.failures)
+    ((_, error),) = b.failures
+    assert isinstance(error, Conflict)
+    assert (
+        f"needs {2 * UNIT} bytes in one piece and {FACTORS * 4} of what it shares with others"
+        in error.message
+    )
+    assert f"pinned adapters hold {b.residency.arena_bytes} of" in error.message
+
+
+def test_an_adapter_that_is_too_large_with_what_it_shares_is_refused(bench: MakeBench) -> None:
+    b = bench(arena_bytes=FACTORS * 4)
+    check = b.residency.check(b.blobs / b.add("a", shared(0, 0)), "a")
+    with pytest.raises(AdapterRefused, match=f"needs {2 * UNIT + FACTORS * 4} bytes"):
+        b.finish(check)
+
+
+def test_factors_are_written_by_whoever_comes_first_to_succeed(bench: MakeBench) -> None:
+    b = bench(max_loras=3, host_bytes=0)
+    a, c = b.add("a", shared(0, 1)), b.add("c", shared(0, 2))
+    for name in (a, c):
+        b.residency.prefetch(name)
+        job = b.residency._adapters[name].job
+        assert job is not None
+        job.result(PATIENCE)
+    b.faults[a] = AdapterRefused("gone")  # no longer in host memory, it is read again for its copy
+    b.until(lambda: c in b.resident())
+    assert [name for name, _ in b.failures] == [a]
+    assert_installed(b.residency.tables, 2, b.programs[c], TABLE)
+    assert b.residency.device_bytes == 2 * UNIT + FACTORS * 4
 
 
 # ---- the step's thread -------------------------------------------------------------------------
