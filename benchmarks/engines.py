@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.models import KV_TOKENS, POSITIONS, adapter_bytes, kv_token_bytes, random_program
 
-from veneer.adapters.packing import pack, packed_size
+from veneer.adapters.packing import pack, packed_size, shared_size
 from veneer.adapters.program import Program
 from veneer.engine.base import Base
 from veneer.engine.config import EngineConfig
@@ -20,9 +20,12 @@ def digest(index: int) -> str:
     return f"{index:064x}"
 
 
-def program_bytes(base: Base, program: Program) -> int:
-    """What the adapter takes on the device."""
-    return packed_size(program, base.dtype.itemsize) * base.dtype.itemsize
+def program_bytes(base: Base, *programs: Program) -> int:
+    """What adapters of these contents take on the device; a program that comes again is another adapter like it,
+    with which it shares what can be shared."""
+    item = base.dtype.itemsize
+    shared = {id(program): shared_size(program, item) for program in programs}
+    return item * (sum(packed_size(program, item) for program in programs) + sum(shared.values()))
 
 
 def random_engine(

@@ -52,7 +52,7 @@ def test_kinds(tmp_path: Path) -> None:
     found = rows(
         report(tmp_path, "kinds", "--batch", "8", "--tokens", "24", "--rounds", "1", "--layers", "1")
     )
-    kinds = ("dora", "ia3", "oft32", "road", "vera256", "prefix", "prompt", "mixed8")
+    kinds = ("dora", "ia3", "oft32", "road", "vera256", "prefix", "prompt", "mixed8", "vera256x64")
     assert list(found) == [("kinds", kind) for kind in kinds]
     for row in found.values():
         assert row["ratio"] == pytest.approx(row["ours_us"] / row["peers"]["lora"])
@@ -60,6 +60,10 @@ def test_kinds(tmp_path: Path) -> None:
     outputs = sum(features.values()) + 256
     assert found["kinds", "road"]["adapter_bytes"] == 2 * outputs * 4  # scales and crosses, float32
     assert found["kinds", "ia3"]["adapter_bytes"] == (128 + 128 + 512) * 4
+    own = sum(-(-outputs // 128) * 128 + 256 for outputs in [*features.values(), 256])
+    shared = 256 * (256 + 512) + 256 * (128 + 256 + 512)
+    assert found["kinds", "vera256"]["adapter_bytes"] == 4 * (own + shared / 8)
+    assert found["kinds", "vera256x64"]["adapter_bytes"] == 4 * (own + shared / 64)
     assert found["kinds", "prefix"]["adapter_bytes"] == 2 * 16 * 2 * 64 * 4  # tokens, heads, head_dim
 
 

@@ -19,6 +19,7 @@ from veneer.kernels import (
     low_rank,
     nf4,
     norm,
+    shared,
     sparse,
     token_rows,
     transform,
@@ -41,12 +42,15 @@ from veneer.kernels.tables import (
     OUT_OFFSET,
     OUT_PAIR,
     RANK,
+    RANK_SCALE,
     SPARSE_OFFSET,
     TOKENS,
     TOKENS_OFFSET,
+    UPDATE_SCALE,
     AdapterTables,
     Segment,
     absent_entries,
+    find_kin,
     int_elements,
 )
 
@@ -90,29 +94,53 @@ def make_tables(ranks: list[int], sites: list[tuple[int, int]]) -> AdapterTables
     return AdapterTables(random(at), entries.cuda(), entries)
 
 
-def run_layer(rows: int, segments: list[Segment], ranks: list[int]) -> None:
+def make_shared_tables(rank: int, sites: list[tuple[int, int]]) -> AdapterTables:
+    """Two adapters that share A and B; the arena ends with the last factors of their own."""
+    entries, sizes = absent_entries(2, len(sites)), list[int]()
+
+    def place(size: int) -> int:
+        sizes.append(-(-size // ALIGNED) * ALIGNED)
+        return sum(sizes[:-1])
+
+    for site, (outputs, inputs) in enumerate(sites):
+        entries[:, site, RANK] = rank
+        entries[:, site, A_OFFSET], entries[:, site, B_OFFSET] = place(rank * inputs), place(rank * outputs)
+        for entry in entries[:, site]:
+            entry[RANK_SCALE], entry[UPDATE_SCALE] = place(rank), place(outputs)
+    kin = {slot: found for slot, each in enumerate(entries) if (found := find_kin(each))}
+    return AdapterTables(random(sum(sizes)), entries.cuda(), entries, kin=kin)
+
+
+def run_layer(rows: int, segments: list[Segment], ranks: list[int], is_shared: bool = False) -> None:
     """The epilogues of a layer with 4 heads, 2 key-value heads of 16, hidden size 72, MLP of 88."""
     hidden, inner, heads, kv_heads, head_dim = 72, 88, 4, 2, 16
     sites = [(64, hidden), (32, hidden), (32, hidden), (hidden, 64), (inner, hidden), (inner, hidden)]
-    tables = make_tables(ranks, [*sites, (hidden, inner)])
-    tiles = low_rank.make_tiles(segments, rows, len(ranks), torch.device("cuda"))
+    sites.append((hidden, inner))
+    tables = make_shared_tables(ranks[0], sites) if is_shared else make_tables(ranks, sites)
+    tiles = low_rank.make_tiles(segments, rows, len(ranks), torch.device("cuda"), kin=tables.kin)
     workspace = low_rank.Workspace(tables, rows, max(ranks))
     x, cos, sin = random(rows, hidden), random(rows, head_dim), random(rows, head_dim)
     caches = [torch.zeros(rows, 1, kv_heads, head_dim, dtype=BF16, device="cuda") for _ in range(2)]
     slots = torch.arange(rows, dtype=torch.int32, device="cuda")
+
+    def shrink(x: torch.Tensor, site: int, sites: int) -> None:
+        low_rank.shrink(x, tables, tiles, site, sites, workspace)
+        if is_shared:
+            shared.scale_ranks(tables, tiles, site, sites, rows, workspace)
+
     for count, scaled in ((1, False), (3, False), (1, True), (3, True)):
         dtype = BF16 if count == 1 else torch.float32
-        low_rank.shrink(x, tables, tiles, 0, 3, workspace)
+        shrink(x, 0, 3)
         parts = random(count, rows, 128, dtype=dtype)
         weight = random(head_dim)
         epilogue.rope(
             parts, tables, tiles, 0, 3, workspace, heads, kv_heads, cos, sin, caches[0], caches[1], slots, None,
             weight, weight, 1e-6, scaled,
         )  # fmt: skip
-        low_rank.shrink(x, tables, tiles, 4, 2, workspace)
+        shrink(x, 4, 2)
         parts = random(count, rows, 2 * inner, dtype=dtype)
         epilogue.gated(parts, tables, tiles, 4, 2, workspace, "silu", scaled=scaled)
-        low_rank.shrink(random(rows, inner), tables, tiles, 6, 1, workspace)
+        shrink(random(rows, inner), 6, 1)
         parts = random(count, rows, hidden, dtype=dtype)
         epilogue.add_update(parts, tables, tiles, 6, workspace, residual=x, scaled=scaled)
     low_rank.low_rank(x, random(rows, 64), tables, tiles, 0, workspace)
@@ -226,6 +254,8 @@ def main() -> None:
     run_nf4()
     run_layer(5, [Segment(BASE_SLOT, 0, 2), Segment(0, 2, 3), Segment(1, 3, 5)], [3, 40])
     run_layer(300, [Segment(BASE_SLOT, 0, 90), Segment(0, 90, 181), Segment(1, 181, 300)], [16, 17])
+    run_layer(5, [Segment(BASE_SLOT, 0, 2), Segment(0, 2, 3), Segment(1, 3, 5)], [41, 41], is_shared=True)
+    run_layer(300, [Segment(BASE_SLOT, 0, 90), Segment(0, 90, 181), Segment(1, 181, 300)], [41] * 2, True)
     run_transforms()
     run_activations()
     run_changes()
