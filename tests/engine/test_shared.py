@@ -60,6 +60,12 @@ def submit(driver: Any, index: int, kind: str | None) -> str:
     return name
 
 
+def fused(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The fields with which an engine on the CPU runs fused layers from here on."""
+    monkeypatch.setattr("veneer.engine.base.packed_runs", lambda *_: True)
+    return {"quantization": "nf4", "nf4_kernels": "packed"}
+
+
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_a_mixed_batch_equals_each_alone(
     quantization: str,
@@ -68,12 +74,12 @@ def test_a_mixed_batch_equals_each_alone(
     make_engine: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("veneer.engine.base.packed_runs", lambda *_: True)  # in fused layers
-    fields = {"store": str(store_of("llama")), "quantization": quantization, "prefix_caching": False}
-    fields |= {"nf4_kernels": "packed"} if quantization == "nf4" else {}
+    fields = {"store": str(store_of("llama")), "prefix_caching": False}
+    fields |= fused(monkeypatch) if quantization == "nf4" else {}
     for kinds in (KIN, [kind for kind in KINDS if kind != "c3a"], list(KINDS)):
         choices = [None, *kinds] * 2
         driver = make_engine(tiny_model("llama"), max_loras=len(KINDS), max_num_batched_tokens=64, **fields)
+        assert ("fused decoder layers: 3 of 3" in driver.engine.base.notes) == (quantization == "nf4")
         together = [submit(driver, index, kind) for index, kind in enumerate(choices)]
         tokens = driver.run(*together)
         alone = make_engine(tiny_model("llama"), max_loras=2, **fields)  # adapters take turns in two slots
@@ -128,11 +134,11 @@ def test_decode_graphs_have_variants_for_it(
     replay_graphs: Callable[[Any], list[Any]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("veneer.engine.base.packed_runs", lambda *_: True)  # in fused layers
     fields = {"store": str(store_of("llama")), "max_loras": len(KINDS), "prefix_caching": False}
-    fields |= {"quantization": quantization, "nf4_kernels": "packed"}
+    fields |= fused(monkeypatch) if quantization == "nf4" else {}
     plain, driver = (make_engine(tiny_model("llama"), **fields) for _ in range(2))
     made = replay_graphs(driver.engine)
+    assert ("fused decoder layers: 3 of 3" in driver.engine.base.notes) == (quantization == "nf4")
 
     def used_by(*choices: str | None) -> set[Variant]:
         before = [each.replays for each in made]
