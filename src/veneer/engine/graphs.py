@@ -33,7 +33,7 @@ MIXED_BUCKETS = (128, 256, 512, 1024)  # with more rows the GPU is busy for long
 # A row has the first five (for PREVIOUS see `HostTables.fill`), a sequence the next two, one that samples the last.
 # ADAPTERS and HEAD_ADAPTERS, the slots of adapters, are written for steps that read them: see `RowTiles.row_slots`.
 IDS, POSITIONS, SLOTS, PREVIOUS, ADAPTERS, LENGTHS, QUERY_START, LAST_ROWS, HEAD_ADAPTERS = range(9)
-ROW_FIELDS, DECODE_FIELDS, MIXED_FIELDS = 5, 6, 9
+DECODE_FIELDS, MIXED_FIELDS = 6, 9
 
 
 def buckets_up_to(max_batch: int) -> list[int]:
@@ -93,11 +93,9 @@ class Variant(IntEnum):
     @property
     def does(self) -> Variant:
         """The one up to HIDDEN that does the same, but for shared factors."""
-        return (
-            (Variant.ADAPTED, Variant.TURNED, Variant.HIDDEN)[self - Variant.SHARED]
-            if self.is_shared
-            else self
-        )
+        if not self.is_shared:
+            return self
+        return (Variant.ADAPTED, Variant.TURNED, Variant.HIDDEN)[self - Variant.SHARED]
 
 
 class TableSizes(NamedTuple):
