@@ -4,6 +4,8 @@ Imports no torch: the HTTP process uses this file.
 
     key           DIGEST | DIGEST/TASK        the engine's name of an adapter; /TASK for its second task and on
     name          [A-Za-z0-9][A-Za-z0-9._/-]*, at most 128 characters, no empty, "." or ".." between slashes
+    job name      ft:BASE:[SUFFIX]:ID, and ft:BASE:[SUFFIX]:ID:ckpt-step-N for its checkpoints; only fine-tuning
+                  jobs make such names, otherwise they are names like others
     model field   NAME | NAME@VERSION | BASE | BASE:NAME | BASE:NAME@VERSION      (BASE: the served name)
 """
 
@@ -45,6 +47,13 @@ HEAD_ADVICE = (
 NAME_LIMIT = 128  # characters
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._/-]{{0,{NAME_LIMIT - 1}}}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
+SUFFIX_LIMIT = 64  # characters
+SUFFIX_RULE = f"A suffix is 1 to {SUFFIX_LIMIT} letters, digits and . _ -"
+_SUFFIX = re.compile(rf"[A-Za-z0-9._-]{{1,{SUFFIX_LIMIT}}}")
+_JOB_NAME = re.compile(
+    rf"ft:([A-Za-z0-9][A-Za-z0-9._/-]*):({_SUFFIX.pattern})?:[a-z0-9]+(:ckpt-step-[1-9][0-9]{{0,8}})?"
+)
+_CHECKPOINT_ROOM = len(":ckpt-step-123456789")
 _RULE = (
     f"A name starts with a letter or digit, goes on with letters, digits and . _ / - up to {NAME_LIMIT} "
     "characters, and has no empty part, '.' or '..' between slashes"
@@ -81,7 +90,42 @@ def stored_name(filename: str) -> str:
 
 def is_name(text: str) -> bool:
     """Whether `text` can be the name of an adapter."""
-    return _NAME.fullmatch(text) is not None and not {"", ".", ".."} & set(text.split("/"))
+    return is_job_name(text) or (_NAME.fullmatch(text) is not None and _whole_parts(text))
+
+
+def is_job_name(text: str) -> bool:
+    """Whether `text` is a name that only fine-tuning jobs give."""
+    return len(text) <= NAME_LIMIT and _JOB_NAME.fullmatch(text) is not None and _whole_parts(text)
+
+
+def job_name(base: str, suffix: str | None, job: str) -> str:
+    """What the result of a job is called: `ft:BASE:SUFFIX:ID`. `job` is lower-case letters and digits.
+
+    Raises:
+        InvalidRequest: the suffix, or what the base is called, cannot be in a name.
+    """
+    if suffix is not None and not _SUFFIX.fullmatch(suffix):
+        raise InvalidRequest(f"suffix {suffix[:200]!r}: {SUFFIX_RULE}.", param="suffix")
+    name = f"ft:{base}:{suffix or ''}:{job}"
+    longest = len(name) + _CHECKPOINT_ROOM
+    if longest > NAME_LIMIT:
+        raise InvalidRequest(
+            f"checkpoints would be called {name}:ckpt-step-…, up to {longest} characters; a name has at most "
+            f"{NAME_LIMIT}: send a shorter suffix, or serve the base under a shorter --served-model-name",
+            param="suffix",
+        )
+    if not is_job_name(name):
+        raise InvalidRequest(
+            f"the base is served as {base!r}, which cannot be part of an adapter's name; give it a "
+            "--served-model-name of letters, digits and . _ / -",
+            param="model",
+        )
+    return name
+
+
+def checkpoint_name(result: str, step: int) -> str:
+    """What a job's checkpoint is called, when its result is called `result`."""
+    return f"{result}:ckpt-step-{step}"
 
 
 def check_name(text: str, *, param: str = "name") -> str:
@@ -103,12 +147,19 @@ def parse_selector(model: str, served_name: str) -> Base | Selector:
     """
     if model == served_name:
         return Base()
-    name, at, version = model.removeprefix(f"{served_name}:").partition("@")
+    name, at, version = model.partition("@")
+    if not is_job_name(name):
+        name = name.removeprefix(f"{served_name}:")
     if not is_name(name):
         raise _unknown(model, f"{_RULE}; before it may stand '{served_name}:', after it '@' and a version")
     if at and not _VERSION.fullmatch(version):
         raise _unknown(model, "After '@' stands the version, a whole number from 1")
     return Selector(name, int(version) if at else None)
+
+
+def _whole_parts(text: str) -> bool:
+    """No part between slashes is empty or means a folder."""
+    return not {"", ".", ".."} & set(text.split("/"))
 
 
 def _unknown(model: str, rule: str) -> NotFound:

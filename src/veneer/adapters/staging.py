@@ -48,15 +48,9 @@ class Staging:
             raise ValueError(f"{filename!r} is not a file of an adapter")
         target = self.path / filename
         try:
-            with storage_errors(filename), target.open("xb") as file:
-                size = _copy(filename, chunks, limit, file.fileno())
-                os.fsync(file.fileno())
+            return write_file(target, chunks, limit)
         except FileExistsError:
             raise InvalidRequest(f"{filename} was sent twice; send each file once", param="files") from None
-        except BaseException:
-            target.unlink(missing_ok=True)
-            raise
-        return size
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each file: of `FILES`, then of those of `TEXT_FILES` that are there, in their order.
@@ -97,12 +91,27 @@ def file_limits(weights: int) -> dict[str, int]:
     return {CONFIG_FILE: CONFIG_LIMIT, WEIGHTS_FILE: weights, **TEXT_FILES}
 
 
-def _copy(filename: str, chunks: Iterable[bytes], limit: int, descriptor: int) -> int:
+def write_file(target: Path, chunks: Iterable[bytes], limit: int, *, param: str = "files") -> int:
+    """Write a new file of at most `limit` bytes and bring it to the disk; an error leaves nothing.
+
+    Returns its size. Raises `TooLarge` beyond the limit, `StorageFull` when the disk is, `FileExistsError`.
+    """
+    with storage_errors(target.name), target.open("xb") as file:
+        try:
+            size = _copy(target.name, chunks, limit, file.fileno(), param)
+            os.fsync(file.fileno())
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
+    return size
+
+
+def _copy(filename: str, chunks: Iterable[bytes], limit: int, descriptor: int, param: str) -> int:
     size = 0
     for chunk in chunks:
         size += len(chunk)
         if size > limit:
-            raise TooLarge(f"{filename} is larger than the {limit:,} bytes allowed for it", param="files")
+            raise TooLarge(f"{filename} is larger than the {limit:,} bytes allowed for it", param=param)
         rest = memoryview(chunk)
         while rest:
             rest = rest[os.write(descriptor, rest) :]
@@ -118,7 +127,7 @@ def storage_errors(what: str) -> Iterator[None]:
         if not _is_full(error):
             raise
         raise StorageFull(
-            f"the store's disk has no room for {what}; free disk space or delete adapters, then try again"
+            f"the store's disk has no room for {what}; free disk space, or delete adapters or files, then try again"
         ) from error
 
 

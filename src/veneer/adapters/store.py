@@ -5,6 +5,7 @@
     <root>/store.db          names, versions, pointer moves (SQLite, unless another database is given)
     <root>/lock              held by the one process that owns the root
     <root>/spare             room for the transaction of a delete when the disk is full
+    <root>/files/, jobs/     of training/file_store.py and training/job_store.py
 
 Files come before the row that lists them, and go after it: a crash can leave a folder without a row, which
 opening removes, never a row without its folder. Names never become paths. Methods block (they sync to disk)
@@ -15,13 +16,13 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
-from sqlalchemy import URL, inspect, select
+from sqlalchemy import URL, Engine, inspect, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -50,6 +51,8 @@ from veneer.adapters.staging import (
     sync,
 )
 from veneer.errors import Conflict, InvalidRequest, NotFound, StorageFull
+
+_T = TypeVar("_T")
 
 
 class AdapterStore:
@@ -85,6 +88,11 @@ class AdapterStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def database(self) -> Engine:
+        """For tables of others; they change only within `change`."""
+        return self._engine
 
     def blob(self, digest: str) -> Path:
         """The folder of an adapter's files."""
@@ -209,9 +217,32 @@ class AdapterStore:
     # ---- changes ----------------------------------------------------------------------------------
 
     @contextmanager
-    def _change(self, what: str) -> Iterator[Session]:
+    def change(self, what: str) -> Iterator[Session]:
+        """A transaction that changes the database; one runs at a time. Raises `StorageFull`, which names `what`.
+
+        Also for tables of others in the same database (training/job_store.py): SQLite has one writer.
+        """
         with self._write, storage_errors(what), self._sessions.begin() as session:
             yield session
+
+    def read(self) -> Session:
+        """A session that only reads, as a context manager."""
+        return self._sessions()
+
+    def with_spare(self, change: Callable[[], _T]) -> _T:
+        """Make a change that frees room or ends something, on a full disk with what was kept for this."""
+        try:
+            return change()
+        except StorageFull:
+            if not self._spare.exists():
+                raise
+            self._spare.unlink()  # it was kept for this: a delete needs a little room to make any
+            return change()
+
+    def keep_spare(self) -> None:
+        """Keep room for `with_spare` again, if there is some."""
+        with self._write:
+            keep_spare(self._spare, self._staging)
 
     def alias(self, alias: str, target: str, version: int | None = None) -> AdapterVersion:
         """Create an alias or move it, atomically. With a version it stays there; without, it follows.
@@ -220,7 +251,7 @@ class AdapterStore:
         """
         check_name(alias)
         check_name(target)
-        with self._change(f"alias {alias!r}") as session:
+        with self.change(f"alias {alias!r}") as session:
             owner = catalog.adapter_row(session, target)
             selected = catalog.version_row(session, owner, version)
             entry = session.get(Name, alias, with_for_update=True) or Name(name=alias)
@@ -236,7 +267,7 @@ class AdapterStore:
     def remove_alias(self, alias: str) -> None:
         """Remove an alias; the adapter stays. Raises `NotFound` when there is no such alias."""
         check_name(alias)
-        with self._change(f"alias {alias!r}") as session:
+        with self.change(f"alias {alias!r}") as session:
             entry = session.get(Name, alias, with_for_update=True)
             if entry is None or entry.target is None:
                 raise NotFound(f"there is no alias {alias!r}", param="alias")
@@ -250,7 +281,7 @@ class AdapterStore:
         Raises `NotFound` for an unknown version and `Conflict` when there is nothing to go back to.
         """
         check_name(name)
-        with self._change(f"a rollback of {name!r}") as session:
+        with self.change(f"a rollback of {name!r}") as session:
             owner = catalog.adapter_row(session, name)
             if version is None:
                 owner.current = catalog.pop_move(session, owner)
@@ -262,7 +293,7 @@ class AdapterStore:
     def set_pinned(self, name: str, pinned: bool) -> AdapterVersion:
         """Record whether the adapter is to stay on the device; this outlives restarts."""
         check_name(name)
-        with self._change(f"a pin of {name!r}") as session:
+        with self.change(f"a pin of {name!r}") as session:
             owner = catalog.adapter_row(session, name)
             owner.pinned = pinned
             return self._record(catalog.version_row(session, owner, None), owner, owner)
@@ -276,16 +307,10 @@ class AdapterStore:
         caller's choice: roll back first) and for what an alias points to.
         """
         check_name(name)
-        try:
-            return self._delete_rows(name, version)
-        except StorageFull:
-            if not self._spare.exists():
-                raise
-            self._spare.unlink()  # it was kept for this: a delete needs a little room to make any
-            return self._delete_rows(name, version)
+        return self.with_spare(lambda: self._delete_rows(name, version))
 
     def _delete_rows(self, name: str, version: int | None) -> tuple[str, ...]:
-        with self._change(f"a delete of {name!r}") as session:
+        with self.change(f"a delete of {name!r}") as session:
             owner = catalog.adapter_row(session, name)
             numbers = session.scalars(select(Version.version).where(Version.name == name)).all()
             if version is not None and version not in numbers:

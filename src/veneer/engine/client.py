@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Protocol, Self
 
 import msgspec
 import zmq.asyncio
@@ -33,6 +33,7 @@ from veneer.engine.messages import (
     DropAdapter,
     EngineInfo,
     Generate,
+    JobReport,
     Outputs,
     PinAdapter,
     Ready,
@@ -40,7 +41,9 @@ from veneer.engine.messages import (
     Request,
     SamplingParams,
     SequenceOutput,
+    StartJob,
     Stats,
+    StopJob,
     WireError,
 )
 from veneer.errors import DeadlineExceeded, EngineUnavailable, VeneerError, from_wire
@@ -145,6 +148,18 @@ class Generation:
             raise DeadlineExceeded(message) from None
 
 
+class JobListener(Protocol):
+    """Who follows training jobs. Called in the order of events, on the loop: must not block."""
+
+    def engine_ready(self) -> None:
+        """An engine that knows of no job takes some."""
+
+    def engine_lost(self) -> None:
+        """It takes all jobs with it; their state stays in their folders."""
+
+    def job_report(self, report: JobReport) -> None: ...
+
+
 class EngineClient:
     """`start()` returns at once; `state` goes from "starting" to "ready" when the engine says so."""
 
@@ -167,6 +182,8 @@ class EngineClient:
         self._sequences: dict[str, tuple[Generation, int]] = {}
         self._calls: dict[str, asyncio.Future[AdapterChecked | Done]] = {}
         self._pinned: set[str] = set()  # a restarted engine is told again
+        self._jobs: set[str] = set()  # started and not over
+        self.job_listener: JobListener | None = None
         self._changed = asyncio.Event()  # replaced at every change of `state`
         self._idle = asyncio.Event()
         self._idle.set()
@@ -193,15 +210,22 @@ class EngineClient:
         self.require_ready()
 
     def drain(self) -> None:
-        """Refuse new sequences from now on; the running ones continue."""
-        if self.state != "dead":
+        """Refuse new sequences from now on; the running ones continue, training saves its state and stops."""
+        if self.state not in ("dead", "draining"):
             self._set_state("draining")
+            for job in self._jobs:
+                self._send(StopJob(id=job))
 
     async def stop(self, drain_timeout: float = 30.0) -> None:
         """Drain, end the engine process, release everything. Safe to call twice."""
         self.drain()
         if not await _happens(self._idle, drain_timeout):
-            log.warning("%d sequences did not finish in %.0f s", len(self._sequences), drain_timeout)
+            log.warning(
+                "%d sequences and %d jobs did not end in %.0f s",
+                len(self._sequences),
+                len(self._jobs),
+                drain_timeout,
+            )
         self._stopping.set()
         if self._supervisor:
             await self._supervisor
@@ -263,6 +287,18 @@ class EngineClient:
         """Keys of adapters that the engine was told to keep on the device."""
         return frozenset(self._pinned)
 
+    def start_job(self, id: str, folder: str) -> None:
+        """Train what is in `folder`; the `job_listener` gets its reports. Raises EngineUnavailable."""
+        self.require_ready()
+        self._jobs.add(id)
+        self._idle.clear()
+        self._send(StartJob(id=id, folder=folder))
+
+    def stop_job(self, id: str) -> None:
+        """End a job that was started. Its last report is "stopped", unless it was over before."""
+        if id in self._jobs:
+            self._send(StopJob(id=id))
+
     # ---- messages ---------------------------------------------------------------------------------
 
     def _call_id(self) -> str:
@@ -293,7 +329,10 @@ class EngineClient:
 
     def _forget(self, key: str) -> None:
         self._sequences.pop(key, None)
-        if not self._sequences:
+        self._note_idle()
+
+    def _note_idle(self) -> None:
+        if not self._sequences and not self._jobs:
             self._idle.set()
 
     def require_ready(self) -> EngineInfo:
@@ -320,12 +359,20 @@ class EngineClient:
                 future = self._calls.get(message.call)
                 if future and not future.done():
                     future.set_result(message)
+            case JobReport():
+                if message.kind in ("succeeded", "failed", "stopped"):
+                    self._jobs.discard(message.id)
+                    self._note_idle()
+                if self.job_listener:
+                    self.job_listener.job_report(message)
             case Ready():
                 self.info = message.info
                 for key in self._pinned:
                     self._send(PinAdapter(call=self._call_id(), key=key, pinned=True))
                 if self.state == "starting":
                     self._set_state("ready")
+                    if self.job_listener:
+                        self.job_listener.engine_ready()
 
     # ---- supervision ------------------------------------------------------------------------------
 
@@ -373,7 +420,10 @@ class EngineClient:
         for generation, position in self._sequences.values():
             generation._inbox.put_nowait((position, error))
         self._sequences.clear()
+        self._jobs.clear()
         self._idle.set()
+        if self.job_listener:
+            self.job_listener.engine_lost()
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(error)

@@ -81,6 +81,8 @@ class StartJob(msgspec.Struct, frozen=True, tag=True):
 
     Jobs are queued in the order of these messages. In the folder are `training.json`, a `Training` of
     training/recipe.py, and the rows: `data/training.*`, perhaps `data/validation.*`; all else is the engine's.
+    Reports of an earlier run may be lost: what the folder holds, checkpoints or the end, is reported again, and
+    the receiver knows by job and step what it has.
     """
 
     id: str
@@ -214,10 +216,10 @@ class JobReport(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaul
 
     kind        data
     validated   rows, tokens, ... (the data report); its steps begin
-    progress    step, total_steps, train_loss, learning_rate, tokens, seconds; now and then valid_loss
+    progress    step, total_steps, train_loss, learning_rate; tokens and seconds so far; now and then valid_loss
     checkpoint  step, folder (of a complete adapter), train_loss, perhaps valid_loss
     notice      nothing: `message` says what happened (a fallback, an early end, a resumption)
-    succeeded   step, tokens, folder (of the result), and what report.json has
+    succeeded   step, tokens, folder (of the result), gate {passed, ...} if there is one, what report.json has
     failed      nothing: `error` says why. The job is over
     stopped     step; after `StopJob`
     """

@@ -28,7 +28,7 @@ from veneer.adapters.names import Selector, parse_selector
 from veneer.adapters.schema import AdapterVersion
 from veneer.engine.messages import AdapterStats
 from veneer.errors import EngineUnavailable, InvalidRequest, NotFound, VeneerError
-from veneer.server.publish import delete, follow_pins, publish, refuse_base_name, sync_pins
+from veneer.server.publish import delete, follow_pins, publish, refuse_reserved_name, sync_pins
 from veneer.server.state import ServerState, state_of
 from veneer.server.upload import read_upload
 
@@ -110,7 +110,7 @@ async def rollback_adapter(
 @router.put("/v1/aliases/{alias:path}")
 async def put_alias(request: Request, alias: str, body: AliasBody) -> Response:
     state = state_of(request)
-    refuse_base_name(state, alias)
+    refuse_reserved_name(state, alias)
     target = _selector(state, body.target)
     record = await asyncio.to_thread(state.store.alias, alias, target.name, target.version)
     pointed = target.name if target.version is None else f"{target.name}@{target.version}"

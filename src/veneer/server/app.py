@@ -4,29 +4,56 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI
 
 import veneer
-from veneer.server import adapters_api, chat, completions, health, models, tokenize_api, vllm_api
+from veneer.server import (
+    adapters_api,
+    chat,
+    completions,
+    files_api,
+    health,
+    jobs_api,
+    models,
+    tokenize_api,
+    vllm_api,
+)
 from veneer.server.auth import AuthMiddleware
 from veneer.server.errors import install_error_handlers
+from veneer.server.jobs import JobSupervisor
 from veneer.server.state import ServerState
 
 
 def create_app(state: ServerState) -> FastAPI:
-    """The application around `state`. The caller starts and stops `state.engine`."""
+    """The application around `state`. The caller starts and stops `state.engine`, after this call."""
+    supervisor = JobSupervisor(state)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        training = asyncio.create_task(supervisor.run(), name="supervisor of jobs")
         yield
+        training.cancel()
+        with suppress(asyncio.CancelledError):
+            await training
         await asyncio.to_thread(state.texts.close)
 
     app = FastAPI(title="Veneer", version=veneer.__version__, lifespan=lifespan)
     app.state.veneer = state
+    app.state.jobs = supervisor
     app.add_middleware(AuthMiddleware, api_keys=state.config.api_keys, admin_key=state.config.admin_key)
     install_error_handlers(app)
-    for module in (health, models, chat, completions, tokenize_api, adapters_api, vllm_api):
+    for module in (
+        health,
+        models,
+        chat,
+        completions,
+        tokenize_api,
+        adapters_api,
+        vllm_api,
+        files_api,
+        jobs_api,
+    ):
         app.include_router(module.router)
     return app

@@ -194,6 +194,28 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     )
     adapters.add_argument("--adapter-memory", type=size, metavar="SIZE", help="adapters on the device")
     adapters.add_argument("--host-adapter-memory", type=size, metavar="SIZE", help="adapters in host memory")
+
+    jobs = parser.add_argument_group("fine-tuning jobs")
+    jobs.add_argument("--max-file", type=size, default=size("512MiB"), help="largest file of rows (512MiB)")
+    jobs.add_argument("--max-files", type=positive, default=1000, help="files that are stored (%(default)s)")
+    jobs.add_argument(
+        "--max-jobs",
+        type=positive,
+        default=1000,
+        help="jobs that are remembered; the oldest that are over are forgotten first (%(default)s)",
+    )
+    jobs.add_argument(
+        "--max-unfinished-jobs",
+        type=positive,
+        default=64,
+        help="jobs that wait, run or are paused (%(default)s)",
+    )
+    jobs.add_argument(
+        "--max-checkpoints",
+        type=positive,
+        default=100,
+        help="newest checkpoints of a job that are served (%(default)s)",
+    )
     parser.set_defaults(run=_serve)
 
 

@@ -15,6 +15,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 import veneer
+from veneer.server.jobs import Progress, supervisor_of
 from veneer.server.metrics import EngineView, PrometheusMetrics
 from veneer.server.state import ServerState, state_of
 
@@ -27,7 +28,10 @@ def _answer(status: int, body: dict[str, Any]) -> Response:
 
 @router.get("/health")
 async def health(request: Request) -> Response:
-    """What the server serves with; `engine` is null until it has started, `notes` names its fallbacks."""
+    """What the server serves with; `engine` is null until it has started, `notes` names its fallbacks.
+
+    `job` is the fine-tuning job that it trains now, or null.
+    """
     state = state_of(request)
     engine = state.engine
     body: dict[str, Any] = {
@@ -36,6 +40,7 @@ async def health(request: Request) -> Response:
         "model": state.served_name,
         "engine": engine.info,
         "restarts": engine.restarts,
+        "job": _job(supervisor_of(request).progress),
     }
     if engine.last_error is not None:
         body["last_error"] = engine.last_error
@@ -65,8 +70,17 @@ async def metrics(request: Request) -> Response:
         info=state.engine.info,
         stats=state.engine.stats,
         names=await asyncio.to_thread(_names, state),
+        jobs=await asyncio.to_thread(state.jobs.counts),
+        training=supervisor_of(request).progress,
     )
     return Response(state.metrics.render(view), media_type=CONTENT_TYPE_LATEST)
+
+
+def _job(progress: Progress | None) -> dict[str, Any] | None:
+    if progress is None:
+        return None
+    names = ("step", "total_steps", "tokens", "tokens_per_second", "seconds_left")
+    return {"id": progress.job} | {name: getattr(progress, name) for name in names}
 
 
 def _names(state: ServerState) -> dict[str, str]:

@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -27,6 +28,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from veneer.engine.messages import AdapterStats, EngineInfo, Stats
+from veneer.server.jobs import Progress
+from veneer.training.job_schema import Status
 
 # Not wanted: a series beside each counter that says when it began.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -64,6 +67,8 @@ class EngineView:
     info: EngineInfo | None = None
     stats: Stats | None = None
     names: Mapping[str, str] = field(default_factory=dict)
+    jobs: Mapping[str, int] = field(default_factory=dict)  # by status
+    training: Progress | None = None
 
 
 class PrometheusMetrics:
@@ -146,6 +151,7 @@ class _EngineCollector(Collector):
         if self.view is None:
             return
         yield from _engine_families(self.view)
+        yield from _job_families(self.view)
         if self.view.stats is not None:
             yield from _step_families(self.view.model_name, self.view.stats)
             yield from self._adapter_families(self.view, self.view.stats)
@@ -180,6 +186,23 @@ def _engine_families(view: EngineView) -> Iterator[Metric]:
             "veneer_engine_notes", "Fallbacks in effect; /health has the text", len(view.info.notes)
         )
         yield GaugeMetricFamily("veneer_base_bytes", "Resident weights of the base", view.info.base_bytes)
+
+
+def _job_families(view: EngineView) -> Iterator[Metric]:
+    jobs = GaugeMetricFamily(
+        "veneer_fine_tuning_jobs", "Fine-tuning jobs that are remembered", labels=["status"]
+    )
+    for status in get_args(Status):
+        jobs.add_metric([status], view.jobs.get(status, 0))
+    yield jobs
+    running = view.training or Progress("")
+    for name, text, value in (
+        ("step", "Step of the job that is trained, 0 without one", running.step),
+        ("steps_total", "Steps that it will have", running.total_steps),
+        ("tokens", "Tokens that it has been trained on", running.tokens),
+        ("tokens_per_second", "Between its last two reports", running.tokens_per_second or 0.0),
+    ):
+        yield GaugeMetricFamily(f"veneer_training_{name}", text, value)
 
 
 def _step_families(model_name: str, stats: Stats) -> Iterator[Metric]:

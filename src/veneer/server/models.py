@@ -1,14 +1,18 @@
-"""`GET /v1/models`: the base first, then every adapter and alias."""
+"""`/v1/models`: the base first, then every adapter and alias; adapters can be deleted here, as OpenAI has it."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter, Request
+import msgspec
+from fastapi import APIRouter, Request, Response
 
+from veneer.adapters.names import Selector, parse_selector
 from veneer.adapters.schema import AdapterVersion
+from veneer.errors import InvalidRequest
 from veneer.server.generation import select_adapter
+from veneer.server.publish import delete
 from veneer.server.state import ServerState, state_of
 
 router = APIRouter()
@@ -29,6 +33,18 @@ async def get_model(request: Request, model: str) -> dict[str, Any]:
     state = state_of(request)
     record = select_adapter(state, model)
     return _base(state) if record is None else _adapter(state, model, record)
+
+
+@router.delete("/v1/models/{model:path}")
+async def delete_model(request: Request, model: str) -> Response:
+    """OpenAI's delete of a fine-tuned model: the adapter with all its versions, as DELETE /v1/adapters."""
+    state = state_of(request)
+    selected = parse_selector(model, state.served_name)
+    if not isinstance(selected, Selector):
+        raise InvalidRequest(f"{model!r} is the base model; it cannot be deleted", param="model")
+    gone = await delete(state, selected.name, selected.version)
+    body = {"id": model, "object": "model", "deleted": gone}
+    return Response(msgspec.json.encode(body), 200 if gone else 202, media_type="application/json")
 
 
 def _base(state: ServerState) -> dict[str, Any]:

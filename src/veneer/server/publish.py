@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from veneer.adapters.names import adapter_key
+from veneer.adapters.names import adapter_key, is_job_name
 from veneer.adapters.schema import AdapterVersion
 from veneer.adapters.sources import from_folder, from_hub
 from veneer.adapters.staging import Staging
@@ -43,14 +43,17 @@ async def publish(
     *,
     unless_known: bool = False,
     allow_ineffective: bool = False,
+    trained: bool = False,
 ) -> AdapterVersion:
     """Make what `fill` writes the next version of `name`. Content equal to the current version changes nothing.
 
     With `unless_known`, content equal to any version of the name changes nothing, and that version is returned.
-    An adapter that does not change the output is refused unless `allow_ineffective`.
+    An adapter that does not change the output is refused unless `allow_ineffective`. Only what a job has `trained`
+    gets one of the names that say so.
     Raises what the sources, the engine's check and the store raise; nothing is left behind then.
     """
-    refuse_base_name(state, name)
+    if not trained:
+        refuse_reserved_name(state, name)
     async with _in_thread(state.store.reserve(name)), _in_thread(state.store.stage()) as staging:
         await asyncio.to_thread(fill, staging)
         digest = await asyncio.to_thread(staging.digest)
@@ -119,9 +122,15 @@ def fill_from(state: ServerState, path: str, allowed_roots: Sequence[Path]) -> F
     return lambda staging: from_hub(path, staging, limit)
 
 
-def refuse_base_name(state: ServerState, name: str) -> None:
+def refuse_reserved_name(state: ServerState, name: str) -> None:
+    """The base's name, and those of fine-tuning jobs, are given to nothing else."""
     if name == state.served_name:
         raise InvalidRequest(f"{name!r} is the name of the base model; choose another name", param="name")
+    if is_job_name(name):
+        raise InvalidRequest(
+            f"{name!r} is a name that only fine-tuning jobs give; choose another, or point an alias to a job's",
+            param="name",
+        )
 
 
 def _known(state: ServerState, name: str, digest: str) -> AdapterVersion | None:

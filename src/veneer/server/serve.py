@@ -89,6 +89,11 @@ def options_from(arguments: argparse.Namespace, folder: Path) -> ServeOptions:
         admin_key=admin_key,
         adapter_dirs=tuple(path.absolute() for path in arguments.adapter_dir),
         max_upload_bytes=arguments.max_upload,
+        max_file_bytes=arguments.max_file,
+        max_files=arguments.max_files,
+        max_jobs=arguments.max_jobs,
+        max_unfinished_jobs=arguments.max_unfinished_jobs,
+        max_checkpoints=arguments.max_checkpoints,
         request_timeout=arguments.request_timeout or None,
     )
     engine = EngineConfig(

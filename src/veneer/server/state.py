@@ -21,6 +21,8 @@ import veneer
 from veneer.adapters.store import AdapterStore
 from veneer.engine.client import EngineClient
 from veneer.server.adapter_text import AdapterTexts, base_text
+from veneer.training.file_store import FileStore
+from veneer.training.job_store import JobStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,11 @@ class ServerConfig:
     request_timeout: float | None = None  # seconds; the limit of every generation request
     max_models: int = 1000  # entries of /v1/models
     max_sequences: int = 1024  # sequences (prompts times n) of one request
+    max_file_bytes: int = 512 << 20  # of one file of /v1/files
+    max_files: int = 1000  # that clients may store
+    max_jobs: int = 1000  # fine-tuning jobs that are remembered; the oldest that are over go first
+    max_unfinished_jobs: int = 64  # fine-tuning jobs that wait, run or are paused
+    max_checkpoints: int = 100  # newest ones of a job that are served
 
 
 class Metrics(Protocol):
@@ -105,9 +112,13 @@ class ServerState:
     started: int = field(default_factory=lambda: int(time.time()))
     registering: bool = False  # adapters of the command line are still being added: /ready waits for them
     texts: AdapterTexts = field(init=False)
+    files: FileStore = field(init=False)
+    jobs: JobStore = field(init=False)
 
     def __post_init__(self) -> None:
         self.texts = AdapterTexts(base_text(self.model_folder), self.store.blob)
+        self.files = FileStore(self.store)
+        self.jobs = JobStore(self.store, self.files)
 
     @property
     def fingerprint(self) -> str:

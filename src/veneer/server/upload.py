@@ -79,7 +79,7 @@ async def read_upload(request: Request, limit: int) -> AsyncIterator[Upload]:
     if content_type == "application/json":
         yield await _read_json(request)
     elif content_type == "multipart/form-data":
-        form = await _read_form(request, limit)
+        form = await read_form(request, limit + FORM_OVERHEAD, fields=4, files=len(file_limits(0)))
         try:
             yield _from_form(form)
         finally:
@@ -92,7 +92,7 @@ async def read_upload(request: Request, limit: int) -> AsyncIterator[Upload]:
 
 
 async def _read_json(request: Request) -> Upload:
-    body = b"".join([chunk async for chunk in _limited(request, FIELD_LIMIT)])
+    body = b"".join([chunk async for chunk in limited_body(request, FIELD_LIMIT)])
     try:
         sent = msgspec.json.decode(body, type=_Source)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -105,10 +105,11 @@ async def _read_json(request: Request) -> Upload:
     )
 
 
-async def _read_form(request: Request, limit: int) -> FormData:
-    stream = _limited(request, limit + FORM_OVERHEAD)
+async def read_form(request: Request, limit: int, *, fields: int, files: int) -> FormData:
+    """A form of at most `limit` bytes, and so many fields and files. The caller closes it."""
+    stream = limited_body(request, limit)
     parser = MultiPartParser(
-        request.headers, stream, max_files=len(file_limits(0)), max_fields=4, max_part_size=FIELD_LIMIT
+        request.headers, stream, max_files=files, max_fields=fields, max_part_size=FIELD_LIMIT
     )
     try:
         return await parser.parse()
@@ -122,7 +123,7 @@ async def _read_form(request: Request, limit: int) -> FormData:
         ) from error
 
 
-async def _limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
+async def limited_body(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
     """The body's chunks, at most `limit` bytes."""
     told = request.headers.get("content-length", "")
     size = int(told) if told.isascii() and told.isdecimal() else 0
@@ -152,21 +153,21 @@ def _from_form(form: FormData) -> Upload:
     archives = form.getlist("archive")
     if len(archives) > 1 or not all(isinstance(each, UploadFile) for each in archives):
         raise InvalidRequest("'archive' must be one file, with its file name", param="archive")
-    source = _text(form, "source")
+    source = form_text(form, "source")
     if bool(files) + bool(archives) + (source is not None) != 1:
         raise InvalidRequest(
             f"send one of 'files' ({CONFIG_FILE} and {WEIGHTS_FILE}), 'archive' (.zip or .tar.gz) and "
             "'source' (a hub id)",
             param="files",
         )
-    name, revision = _text(form, "name"), _text(form, "revision")
+    name, revision = form_text(form, "name"), form_text(form, "revision")
     if name is None:
         raise InvalidRequest(
             "the field 'name' is missing; it is what requests will call the adapter", param="name"
         )
     if revision is not None and source is None:
         raise InvalidRequest("'revision' belongs to 'source'", param="revision")
-    allow_ineffective = _text(form, "allow_ineffective") or "false"
+    allow_ineffective = form_text(form, "allow_ineffective") or "false"
     if allow_ineffective not in ("true", "false"):
         raise InvalidRequest(
             f"allow_ineffective {allow_ineffective[:200]!r} is neither 'true' nor 'false'",
@@ -182,7 +183,8 @@ def _from_form(form: FormData) -> Upload:
     )
 
 
-def _text(form: FormData, key: str) -> str | None:
+def form_text(form: FormData, key: str) -> str | None:
+    """A field that is not a file. Raises `InvalidRequest` unless it is there at most once."""
     values = form.getlist(key)
     if len(values) > 1 or not all(isinstance(value, str) for value in values):
         raise InvalidRequest(f"{key!r} must be sent once, as text", param=key)
