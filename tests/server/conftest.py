@@ -69,6 +69,7 @@ class Server:
 
     def __init__(self, state: ServerState, log: Path) -> None:
         self.state, self.log = state, log
+        self.running = False
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
         self.http = httpx.Client(base_url=self.url, timeout=WAIT)
@@ -92,10 +93,18 @@ class Server:
 
     def __enter__(self) -> Server:
         self._thread.start()
+        self.running = True
         self.until(lambda: self._uvicorn.started)
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End it; its store can be opened again. Safe to call twice."""
+        if not self.running:
+            return
+        self.running = False
         self.http.close()
         self.openai.close()
         self._uvicorn.should_exit = True
@@ -143,8 +152,10 @@ class MakeServer:
         config: ServerConfig = ServerConfig(),  # noqa: B008 - immutable
         engine: dict[str, Any] | None = None,
         adapters: tuple[str, ...] = (),
+        after: Server | None = None,
     ) -> Server:
-        folder = self._folder / f"server-{len(self._running)}"
+        """A server with a store of its own, or with that of one that was stopped."""
+        folder = after.log.parent if after else self._folder / f"server-{len(self._running)}"
         log = folder / "engine.log"
         store = AdapterStore(folder / "store")
         for name in adapters:
@@ -164,7 +175,7 @@ class MakeServer:
 
     def stop(self) -> None:
         for server in self._running:
-            server.__exit__()
+            server.stop()
 
 
 @pytest.fixture

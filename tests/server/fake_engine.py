@@ -7,6 +7,9 @@ appended to `--log` as one JSON line. It imports no torch.
 
 An adapter's config steers its check: `refuse` is the message to refuse it with, `ineffective` refuses it unless
 that is allowed, `wait_for` is the path of a file without which the answer waits, `tasks` how many it has.
+
+A job has a step for each line of its data and epoch, or `steps`; its state, checkpoints and result are in its
+folder, and it goes on from there. `adapter.options` of its training steers it: see `Job`.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import zmq
@@ -35,6 +39,7 @@ from veneer.engine.messages import (
     DropAdapter,
     EngineInfo,
     Generate,
+    JobReport,
     Outputs,
     PinAdapter,
     Ready,
@@ -42,7 +47,9 @@ from veneer.engine.messages import (
     Request,
     SequenceOutput,
     Shutdown,
+    StartJob,
     Stats,
+    StopJob,
     TokenLogprobs,
     WireError,
     encoder,
@@ -116,6 +123,92 @@ def score(token: int, position: int, count: int) -> TokenLogprobs:
     return TokenLogprobs(-0.25 * position, top, [-0.125 * position * (n + 1) for n in range(len(top))], 2)
 
 
+class Job:
+    """A training, one step a call. Options:
+
+    invalid    the message with which its data are refused
+    wait_at    a step before which it waits for the file `wait_for`
+    fail_at    a step at which it fails
+    die_at     a step at which it ends the engine, the first `die_times` times (1)
+    gate       what the result's gate says
+    config     of the adapters that it makes, by step; "result" for the result
+    """
+
+    def __init__(self, message: StartJob) -> None:
+        self.id, self.folder = message.id, Path(message.folder)
+        self.training = json.loads((self.folder / "training.json").read_text())
+        self.options = self.training["adapter"]["options"]
+        (data,) = (self.folder / "data").glob("training.*")
+        self.rows = len(data.read_text().splitlines())
+        self.total = self.training["steps"] or int(self.rows * self.training["epochs"])
+        self.state = self.folder / "state.json"
+        self.done = json.loads(self.state.read_text()) if self.state.exists() else 0
+        self.began = False
+
+    def begin(self) -> Iterator[JobReport]:
+        if "invalid" in self.options:
+            yield self.report("failed", error=WireError(400, "invalid_rows", self.options["invalid"], "file"))
+            return
+        yield self.report("validated", data={"rows": self.rows})
+        if self.done:
+            yield self.report("notice", message=f"goes on at step {self.done}")
+        for step in range(1, self.done + 1):
+            yield self.progress(step)
+        for folder in sorted(self.folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:])):
+            yield self.checkpoint(int(folder.name[11:]))
+
+    def step(self) -> Iterator[JobReport]:
+        if not self.began:
+            self.began = True
+            yield from self.begin()
+            return
+        step = self.done + 1
+        if self.options.get("wait_at") == step and not Path(self.options["wait_for"]).exists():
+            return
+        if self.options.get("fail_at") == step:
+            yield self.report("failed", error=WireError(500, "nan_loss", f"the loss is NaN at step {step}"))
+            return
+        if self.options.get("die_at") == step:
+            deaths = self.folder / "deaths"
+            count = int(deaths.read_text()) if deaths.exists() else 0
+            deaths.write_text(str(count + 1))
+            if count < self.options.get("die_times", 1):
+                os._exit(9)
+        if self.done < self.total:
+            yield from self.train(step)
+        if self.done == self.total:
+            data = {"step": self.total, "tokens": 10 * self.total, "folder": self.save("result", "result")}
+            yield self.report("succeeded", data=data | {k: v for k, v in self.options.items() if k == "gate"})
+
+    def progress(self, step: int) -> JobReport:
+        loss = {"train_loss": 1 / step} | ({"valid_loss": 2 / step} if step % 2 == 0 else {})
+        numbers = {"step": step, "total_steps": self.total, "tokens": 10 * step, "seconds": 0.5 * step}
+        return self.report("progress", data=numbers | {"learning_rate": 0.1} | loss)
+
+    def train(self, step: int) -> Iterator[JobReport]:
+        yield self.progress(step)
+        if step % (self.training["checkpoint_every"] or self.rows) == 0:
+            self.save(f"checkpoint-{step}", str(step))
+            yield self.checkpoint(step)
+        self.state.write_text(str(step))
+        self.done = step
+
+    def checkpoint(self, step: int) -> JobReport:
+        data = {"step": step, "folder": str(self.folder / f"checkpoint-{step}"), "train_loss": 1 / step}
+        return self.report("checkpoint", data=data)
+
+    def save(self, name: str, config: str) -> str:
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        settings = {"peft_type": "LORA"} | self.options.get("config", {}).get(config, {})
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+        (folder / "adapter_model.safetensors").write_bytes(f"{self.training['seed']} {name}".encode())
+        return str(folder)
+
+    def report(self, kind: str, **fields: Any) -> JobReport:
+        return JobReport(id=self.id, kind=kind, **fields)
+
+
 class FakeEngine:
     def __init__(self, address: str, config: EngineConfig, options: argparse.Namespace) -> None:
         self.config, self.options = config, options
@@ -125,12 +218,13 @@ class FakeEngine:
         self.checks: list[CheckAdapter] = []  # not answered yet
         self.adapters: set[str] = set()
         self.pinned: set[str] = set()
+        self.jobs: list[Job] = []  # the first is trained
 
     def serve(self) -> None:
         time.sleep(self.options.load_seconds)
         self.send(Ready(info=self.info()))
         while os.getppid() == self.options.parent:
-            timeout = int(self.options.step_seconds * 1000) if self.sequences else 100
+            timeout = int(self.options.step_seconds * 1000) if self.sequences or self.jobs else 100
             while self.socket.poll(timeout):
                 timeout = 0
                 message = request_decoder.decode(self.socket.recv())
@@ -154,6 +248,12 @@ class FakeEngine:
                 self.send(Done(call=message.call))
             case PinAdapter():
                 self.send(Done(call=message.call, error=self.pin(message)))
+            case StartJob():
+                self.jobs.append(Job(message))
+            case StopJob():
+                for job in [job for job in self.jobs if job.id == message.id]:
+                    self.jobs.remove(job)
+                    self.send(job.report("stopped", data={"step": job.done}))
 
     def pin(self, message: PinAdapter) -> WireError | None:
         if message.pinned and len(self.pinned | {message.key}) >= self.config.max_loras:
@@ -200,6 +300,10 @@ class FakeEngine:
                 del self.sequences[item.id]
         if items:
             self.send(Outputs(items=items))
+        for report in list(self.jobs[0].step()) if self.jobs else []:
+            self.send(report)
+            if report.kind in ("succeeded", "failed"):
+                del self.jobs[0]
         self.send(self.stats())
 
     def send(self, message: Reply) -> None:

@@ -81,8 +81,8 @@ class StartJob(msgspec.Struct, frozen=True, tag=True):
 
     Jobs are queued in the order of these messages. In the folder are `training.json`, a `Training` of
     training/recipe.py, and the rows: `data/training.*`, perhaps `data/validation.*`; all else is the engine's.
-    Reports of an earlier run may be lost: what the folder holds, checkpoints or the end, is reported again, and
-    the receiver knows by job and step what it has.
+    Reports of an earlier run may be lost: what the folder tells of it, steps, checkpoints and perhaps the end, is
+    reported again in order, and the receiver knows by job and step what it has.
     """
 
     id: str

@@ -32,7 +32,7 @@ from veneer.training.job_schema import Checkpoint, Job
 log = logging.getLogger(__name__)
 
 _ENDS = ("succeeded", "failed", "stopped")
-_METRICS = {*COLUMNS.values(), "full_valid_loss", "full_valid_mean_token_accuracy"}
+_METRICS = {*COLUMNS.values(), "step", "full_valid_loss", "full_valid_mean_token_accuracy"}
 
 
 @dataclass
