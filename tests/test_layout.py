@@ -31,6 +31,8 @@ TORCH_FREE = [
     "veneer.server.app",
     "veneer.training.evaluation_report",
     "veneer.training.gate",
+    "veneer.training.hyperparameters",
+    "veneer.training.job_store",
     "veneer.training.recipe",
     "veneer.server.cli",
     "veneer.training.data",

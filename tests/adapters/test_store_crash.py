@@ -117,7 +117,7 @@ def die_at_step(steps: int) -> None:
 
     def count(name: str, _arguments: object) -> None:
         nonlocal left
-        if name in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "commit"):
+        if name in ("open", "os.mkdir", "os.link", "os.rename", "os.remove", "os.rmdir", "commit"):
             left -= 1
             if not left:
                 os.kill(os.getpid(), signal.SIGKILL)

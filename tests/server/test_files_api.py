@@ -12,7 +12,6 @@ from tests.server.conftest import MakeServer, Server
 from tests.server.jobs import conforms, put, rows
 
 from veneer.server.state import ServerConfig
-from veneer.training import file_store
 
 
 def stored(server: Server) -> list[str]:
@@ -67,7 +66,7 @@ def test_lists_are_paged_ordered_and_filtered(make_server: MakeServer) -> None:
     assert (last["first_id"], last["last_id"], last["has_more"]) == (ids[0], ids[0], False)
 
 
-def upload(server: Server, content: bytes = b"x", name: str = "x.jsonl", **fields: str) -> Any:
+def upload(server: Server, content: bytes = b"x", *, name: str = "x.jsonl", **fields: Any) -> Any:
     fields = {"purpose": "fine-tune"} | fields
     return server.http.post("/v1/files", data=fields, files={"file": (name, content)})
 
@@ -81,8 +80,9 @@ def test_refused_uploads(make_server: MakeServer) -> None:
     error(upload(server, purpose="fine-tune-results"), 400, "invalid_value")
     error(upload(server, name="x" * 256), 400, "invalid_value")
     error(upload(server, colour="red"), 400, "invalid_value")
-    error(upload(server, **{"expires_after[anchor]": "created_at"}), 400, "invalid_value")
-    lifetime = {"expires_after[anchor]": "created_at", "expires_after[seconds]": "60"}
+    lifetime: dict[str, Any] = {"expires_after[anchor]": "created_at"}
+    error(upload(server, **lifetime), 400, "invalid_value")
+    lifetime["expires_after[seconds]"] = "60"
     error(upload(server, **lifetime), 400, "invalid_value")
     error(server.http.post("/v1/files", data={"purpose": "fine-tune"}), 400, "invalid_value")
     error(server.http.post("/v1/files", json={"purpose": "fine-tune"}), 400, "invalid_value")
@@ -123,7 +123,7 @@ def test_a_file_expires(make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
     )
     assert file.expires_at == file.created_at + 3600
     later = time.time() + 3601
-    monkeypatch.setattr(file_store.time, "time", lambda: later)
+    monkeypatch.setattr(time, "time", lambda: later)
     with pytest.raises(openai.NotFoundError):
         server.openai.files.retrieve(file.id)
     assert list(server.openai.files.list()) == []

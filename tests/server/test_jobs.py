@@ -204,7 +204,7 @@ def test_pause_and_resume(fresh: Server, tmp_path: Path) -> None:
     job = create(fresh, options=options)
     fresh.until(lambda: steps(fresh, job.id) == [1, 2])
     jobs = fresh.openai.fine_tuning.jobs
-    assert jobs.pause(job.id).status == "paused"
+    assert jobs.pause(job.id).to_dict()["status"] == "paused"
     assert until_over(fresh, create(fresh).id).status == "succeeded"  # the engine is free meanwhile
     error(fresh.http.post(f"/v1/fine_tuning/jobs/{job.id}/pause"), 409, "invalid_job_status")
     assert jobs.resume(job.id).status == "queued"

@@ -35,7 +35,7 @@ def file(module_server: Server) -> str:
 def test_a_job_is_as_openai_describes_it(make_server: MakeServer) -> None:
     server = make_server().until_ready()
     training, validation = put(server), put(server, rows(2))
-    asked: dict[str, Any] = {"batch_size": 2, "n_epochs": 2, "learning_rate_multiplier": "auto"}
+    asked: Any = {"batch_size": 2, "n_epochs": 2, "learning_rate_multiplier": "auto"}
     job = server.openai.fine_tuning.jobs.create(
         model=BASE,
         training_file=training.id,
@@ -82,7 +82,7 @@ def test_defaults_and_own_fields(make_server: MakeServer) -> None:
     dpo = create(server, hyperparameters=openai.omit, method=method).to_dict()
     conforms(dpo, "FineTuningJob")
     assert dpo["method"]["dpo"]["hyperparameters"]["beta"] == 0.3  # type: ignore[index]
-    text = create(server, hyperparameters=openai.omit, method={"type": "self_supervised"}).to_dict()  # type: ignore[typeddict-item]
+    text = create(server, hyperparameters=openai.omit, method={"type": "self_supervised"}).to_dict()
     assert text["training"]["loss_on"] == "all"  # type: ignore[index]
 
 

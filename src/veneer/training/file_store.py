@@ -182,16 +182,17 @@ class FileStore:
         """Delete what has outlived its `expires_at`."""
         with self._store.read() as session:
             expired = list(session.scalars(select(File.id).where(~_lives())))
-        if not expired:
-            return
-        self.forget(expired)
+        if expired:
+            with self._store.change("a delete of files") as session:
+                self.forget(session, expired)
+            self.remove_contents(expired)
 
-    def forget(self, ids: Iterable[str]) -> None:
-        """Delete files that may be gone already."""
-        doomed = list(ids)
-        with self._store.change("a delete of files") as session:
-            session.execute(delete(File).where(File.id.in_(doomed)))
-        for id in doomed:
+    def forget(self, session: Session, ids: Iterable[str]) -> None:
+        """Take files that may be gone already out of the lists; `remove_contents` follows."""
+        session.execute(delete(File).where(File.id.in_(list(ids))))
+
+    def remove_contents(self, ids: Iterable[str]) -> None:
+        for id in ids:
             self._path(id).unlink(missing_ok=True)
 
     def _path(self, id: str) -> Path:

@@ -85,12 +85,14 @@ class JobStore:
                     sync(self._folder)
                     job = _add_job(session, id, name, new)
                     forgotten = _forget_oldest(session, most)
+                    results = [file for old in forgotten for file in old.result_files]
+                    self.files.forget(session, results)
             except BaseException:
                 remove(self._folder / id)
                 raise
         for old in forgotten:
             self._remove_folder(old.id)
-        self.files.forget(id for old in forgotten for id in old.result_files)
+        self.files.remove_contents(results)
         return job
 
     def _fill(self, session: Session, draft: Path, new: NewJob) -> None:
