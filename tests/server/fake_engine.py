@@ -213,6 +213,7 @@ class FakeEngine:
     def __init__(self, address: str, config: EngineConfig, options: argparse.Namespace) -> None:
         self.config, self.options = config, options
         self.socket: zmq.Socket[bytes] = zmq.Context().socket(zmq.PAIR)
+        self.socket.linger = 0  # what nobody reads must not keep the process
         self.socket.connect(address)
         self.sequences: dict[str, Sequence] = {}
         self.checks: list[CheckAdapter] = []  # not answered yet

@@ -19,8 +19,9 @@ from tests.server.conftest import FAKE_ENGINE, WAIT
 
 from veneer.engine.client import EngineClient, NewSequence, RestartPolicy
 from veneer.engine.config import EngineConfig
-from veneer.engine.messages import SamplingParams
+from veneer.engine.messages import JobReport, SamplingParams
 from veneer.errors import DeadlineExceeded, EngineUnavailable, InvalidRequest
+from veneer.training.recipe import Adapter, Training
 
 PROMPT = [5, 6, 7]
 FAST = RestartPolicy(pause=0.01)
@@ -268,5 +269,61 @@ def test_a_sequence_that_does_not_finish_is_cut_off_at_the_end(tmp_path: Path) -
             await client.stop(drain_timeout=0.05)
             with pytest.raises(EngineUnavailable):
                 await work
+
+    asyncio.run(main())
+
+
+# ---- training -------------------------------------------------------------------------------------
+
+
+class Listener:
+    def __init__(self) -> None:
+        self.news: list[str] = []
+
+    def engine_ready(self) -> None:
+        self.news.append("ready")
+
+    def engine_lost(self) -> None:
+        self.news.append("lost")
+
+    def job_report(self, report: JobReport) -> None:
+        self.news.append(report.kind)
+
+
+def job_folder(folder: Path, **options: Any) -> str:
+    (folder / "job" / "data").mkdir(parents=True)
+    (folder / "job" / "data" / "training.jsonl").write_text("{}\n")
+    training = Training(steps=2, adapter=Adapter(options=options))
+    (folder / "job" / "training.json").write_text(training.model_dump_json())
+    return str(folder / "job")
+
+
+def test_a_job_is_followed_across_deaths(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with running(tmp_path) as client:
+            client.job_listener = listener = Listener()
+            client.start_job("j", job_folder(tmp_path, die_at=2))
+            await until(lambda: listener.news[-1:] == ["ready"])
+            assert listener.news[0] == "validated"
+            assert listener.news[-2:] == ["lost", "ready"]
+            client.start_job("j", str(tmp_path / "job"))
+            await until(lambda: listener.news[-1] == "succeeded")
+            client.stop_job("j")  # it is over: the engine hears nothing
+            assert received(tmp_path, "StopJob") == []
+
+    asyncio.run(main())
+
+
+def test_stopping_lets_training_save_its_state(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with running(tmp_path) as client:
+            client.job_listener = listener = Listener()
+            client.start_job("j", job_folder(tmp_path, wait_at=2, wait_for=str(tmp_path / "never")))
+            await until(lambda: "progress" in listener.news)
+            await client.stop(drain_timeout=WAIT)
+            assert listener.news[-2:] == ["stopped", "lost"]
+            assert len(received(tmp_path, "StopJob")) == 1
+            with pytest.raises(EngineUnavailable):
+                client.start_job("k", "nowhere")
 
     asyncio.run(main())

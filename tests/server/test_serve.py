@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from tests.conftest import until
 from tests.server.conftest import FAKE_ENGINE, WAIT
 
 from veneer.adapters.store import AdapterStore
@@ -168,6 +170,7 @@ def test_pins_outlive_the_process(start: Start, lora: Path, tmp_path: Path) -> N
     assert process.end(signal.SIGTERM) == 0
 
 
+JOBS = "/v1/fine_tuning/jobs"
 BODY = {"model": "tiny-model", "prompt": "one two", "stream": True, "ignore_eos": True, "temperature": 0}
 
 
@@ -269,3 +272,51 @@ def test_keys_are_not_printed(start: Start) -> None:
     assert process.end(signal.SIGTERM) == 0
     assert "$VENEER_API_KEY" in process.output
     assert "sk-secret" not in process.output
+
+
+# ---- fine-tuning jobs -----------------------------------------------------------------------------
+
+
+def test_jobs_outlive_kills(start: Start) -> None:
+    """SIGKILL in the middle of two jobs: each step, checkpoint and event is there once in the end."""
+    ids: list[str] = []
+    for steps in (8, 44, 60):
+        process = start(engine=("--step-seconds", "0.01")).until_ready()
+        with httpx.Client(base_url=process.url, timeout=WAIT) as client:
+            ids = ids or two_jobs(client)
+            until(lambda: len(trained(client, ids)) >= steps)  # noqa: B023
+            if steps < 60:
+                assert process.end(signal.SIGKILL) == -signal.SIGKILL
+                continue
+            until(lambda: all(client.get(f"{JOBS}/{id}").json()["status"] == "succeeded" for id in ids))  # noqa: B023
+            assert trained(client, ids) == [*range(1, 31)] * 2
+            for id in ids:
+                listed = client.get(f"{JOBS}/{id}/checkpoints").json()["data"]
+                assert [each["step_number"] for each in listed] == [30, 20, 10]
+                told = Counter(each["message"] for each in told_events(client, id))
+                del told["Training was interrupted and goes on from its last saved state"]
+                told = Counter(
+                    {message: n for message, n in told.items() if "goes on at step" not in message}
+                )
+                assert set(told.values()) == {1}
+    assert process.end(signal.SIGTERM) == 0
+
+
+def two_jobs(client: httpx.Client) -> list[str]:
+    file = client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("x.jsonl", b"{}")})
+    body = {"model": "tiny-model", "training_file": file.json()["id"]}
+    body |= {"training": {"steps": 30, "checkpoint_every": 10}}
+    return [client.post(JOBS, json=body).json()["id"] for _ in range(2)]
+
+
+def told_events(client: httpx.Client, id: str) -> list[dict[str, Any]]:
+    """Oldest first."""
+    listed: list[dict[str, Any]] = client.get(f"{JOBS}/{id}/events?limit=1000").json()["data"]
+    return listed[::-1]
+
+
+def trained(client: httpx.Client, ids: list[str]) -> list[int]:
+    """The steps that were told, job by job."""
+    return [
+        each["data"]["step"] for id in ids for each in told_events(client, id) if each["type"] == "metrics"
+    ]
