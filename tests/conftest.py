@@ -151,7 +151,7 @@ class LiveServer:
         for entry in Path("/proc").glob("[0-9]*"):
             try:
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                is_engine = b"veneer.engine.process" in (entry / "cmdline").read_bytes()
+                is_engine = b"veneer.training.process" in (entry / "cmdline").read_bytes()
             except (FileNotFoundError, ProcessLookupError):
                 continue
             if is_engine and parent == self._process.pid:

@@ -109,10 +109,14 @@ def test_state_and_data_go_when_a_job_is_over(fresh: Server) -> None:
         ({"config": {"result": {"refuse": "no rank"}}}, "adapter_refused", "no rank"),
         ({"config": {"result": {"ineffective": True}}}, "adapter_refused", "it changes nothing"),
         ({"gate": {"passed": False, "exact_match": 0.2}}, "gate_not_passed", "exact_match 0.2"),
+        ({"gate": None}, "gate_not_evaluated", "told nothing"),
     ],
 )
 def test_a_job_fails_with_its_reason(fresh: Server, options: dict[str, Any], code: str, message: str) -> None:
-    job = create(fresh, options=options, training={"checkpoint_every": 2})
+    training: dict[str, Any] = {"checkpoint_every": 2}
+    if "gate" in options:
+        training["evaluation"] = {"gate": {"metric": "exact_match", "at_least": 0.9}}
+    job = create(fresh, options=options, training=training)
     done = until_over(fresh, job.id)
     assert done.status == "failed"
     assert done.error is not None

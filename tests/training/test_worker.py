@@ -53,6 +53,12 @@ class Jobs:
                 return found
             assert self.news.wait(60)
 
+    def wait_step(self, step: int) -> None:
+        """Until this step was told, for the first time or again."""
+        found = self.wait("progress")
+        while found[-1].data["step"] < step:
+            found = self.wait("progress", at_least=len(found) + 1)
+
     def life(self, job: str = "one") -> list[str]:
         return [each.kind for each in self.seen if each.id == job]
 
@@ -109,7 +115,7 @@ def test_a_job_that_was_stopped_goes_on_and_ends_the_same(
     folder = write_job(tmp_path / "job", **fields)
     jobs.worker.handle(StartJob("one", folder))
     for stop in (1, 2):
-        jobs.wait("progress", at_least=4 * stop)
+        jobs.wait_step(4 * stop)
         jobs.worker.handle(StopJob("one"))
         stopped = jobs.wait("stopped", at_least=stop)[-1]
         assert stopped.data["step"] >= 4 * stop
@@ -117,6 +123,11 @@ def test_a_job_that_was_stopped_goes_on_and_ends_the_same(
     last = jobs.wait("succeeded", "failed")[0]
     assert last.kind == whole.kind == "succeeded", last
     assert [each.kind for each in jobs.seen if each.kind == "notice"] == ["notice", "notice"]
+    for kind, steps in (("progress", range(1, 13)), ("checkpoint", (5, 10, 12))):
+        # From its last start on everything is told, in order: whoever missed reports before has them now.
+        last_start = max(place for place, each in enumerate(jobs.seen) if each.kind == "validated")
+        told = [each for each in jobs.seen[last_start:] if each.id == "one" and each.kind == kind]
+        assert [each.data["step"] for each in told] == list(steps)
     assert_same(whole.data["folder"], last.data["folder"])
 
 

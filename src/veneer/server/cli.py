@@ -58,6 +58,29 @@ def seconds(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """A part, above 0 to 1."""
+    value = _number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0, at most 1")
+    return value
+
+
+def factor(text: str) -> float:
+    """A number of at least 1."""
+    value = _number(text)
+    if not 1 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
 def lora_module(text: str) -> tuple[str, str]:
     """`name=path` as vLLM's --lora-modules takes it."""
     name, separator, path = text.partition("=")
@@ -196,6 +219,24 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     adapters.add_argument("--host-adapter-memory", type=size, metavar="SIZE", help="adapters in host memory")
 
     jobs = parser.add_argument_group("fine-tuning jobs")
+    jobs.add_argument(
+        "--training-share",
+        type=share,
+        default=0.5,
+        help="of the processor's time for training while requests run, above 0 to 1 (%(default)s)",
+    )
+    jobs.add_argument(
+        "--training-latency",
+        type=factor,
+        default=1.5,
+        help="on CUDA: time between tokens beside a job over that without (%(default)s)",
+    )
+    jobs.add_argument(
+        "--training-memory",
+        type=size,
+        metavar="SIZE",
+        help="device memory kept free of KV cache for training",
+    )
     jobs.add_argument("--max-file", type=size, default=size("512MiB"), help="largest file of rows (512MiB)")
     jobs.add_argument("--max-files", type=positive, default=1000, help="files that are stored (%(default)s)")
     jobs.add_argument(

@@ -225,6 +225,11 @@ class JobSupervisor:
 
     async def _finish(self, job: Job, data: dict[str, Any]) -> None:
         gate = data.get("gate")
+        if gate is None and job.training["evaluation"]["gate"] is not None:
+            raise VeneerError(
+                "the training told nothing of its gate, so the trained adapter is not published",
+                code="gate_not_evaluated",
+            )
         if gate is not None and not gate["passed"]:
             told = ", ".join(f"{key} {value}" for key, value in gate.items() if key != "passed")
             raise InvalidRequest(

@@ -53,7 +53,7 @@ class ServeOptions:
     lora_modules: Sequence[tuple[str, str]] = ()
     shutdown_timeout: float = 30.0
     access_log: bool = False
-    engine_command: Sequence[str] = (sys.executable, "-m", "veneer.engine.process")
+    engine_command: Sequence[str] = (sys.executable, "-m", "veneer.training.process")
 
 
 def serve(arguments: argparse.Namespace) -> int:
@@ -119,6 +119,10 @@ def options_from(arguments: argparse.Namespace, folder: Path) -> ServeOptions:
         enforce_eager=arguments.enforce_eager,
         cuda_graphs=arguments.cuda_graphs,
         threads=arguments.threads,
+        base_name=name,
+        training_share=arguments.training_share,
+        training_latency=arguments.training_latency,
+        training_memory=arguments.training_memory,
     )
     return ServeOptions(
         served_name=name,

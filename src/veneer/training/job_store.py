@@ -30,7 +30,8 @@ from veneer.training.job_events import add_event, finite, metrics_csv, step_even
 from veneer.training.job_schema import OVER, WITH_ENGINE, Checkpoint, Event, Job, Status
 from veneer.training.recipe import Training
 
-KEPT = ("training.json", "report.json", "report.html", "loss.png")  # of the folder of a job that is over
+# Of the folder of a job that is over
+KEPT = ("training.json", "report.json", "report.html", "loss.csv", "loss.png", "data.png")
 KEPT_FAILURES = 10  # newest failed jobs whose folders stay whole
 MOST_DEATHS = 3  # of the engine, one after the other without a step between, until the job has failed
 _NAME_LETTERS = 8  # of a job's id that are part of its result's name
@@ -263,7 +264,7 @@ class JobStore:
                 job.result_files = [self.files.keep(session, draft, draft.name, RESULTS, size).id]
                 job.status, job.finished_at = "succeeded", int(time.time())
                 job.fine_tuned_model = job.result_name
-                job.step, job.tokens = data.get("step", job.step), data.get("tokens", job.tokens)
+                job.tokens = data.get("tokens", job.tokens)
                 add_event(session, job, f"New fine-tuned model created: {job.result_name}", data=data)
                 add_event(session, job, "The job has successfully completed")
         return True

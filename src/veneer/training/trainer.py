@@ -224,27 +224,18 @@ class Trainer:
         t, last = self.training, self._progress.steps[-1]
         is_checkpoint = step % self._every == 0 or step == self.total
         validates = step % t.evaluate_every == 0 if t.evaluate_every else is_checkpoint
-        news: dict[str, Any] = {}
         if self.validation and (validates or step == self.total):
-            news["valid_loss"] = self._validate(step)
-        self.control.report(
-            "progress",
-            step=step,
-            total_steps=self.total,
-            train_loss=last.loss,
-            learning_rate=last.learning_rate,
-            tokens=last.tokens,
-            seconds=last.seconds,
-            **news,
-        )
+            self._validate(step)
+        news = self._measured(step)
+        self._report_step(last, news)
         if is_checkpoint:
             folder = self.folder / "checkpoints" / str(step)
             save_adapter(self.trainable, folder, t.save_dtype)
             self.control.report("checkpoint", step=step, folder=str(folder), train_loss=last.loss, **news)
 
     @torch.no_grad()
-    def _validate(self, step: int) -> float:
-        """Mean loss on the validation rows; keeps the best adapter."""
+    def _validate(self, step: int) -> None:
+        """Note the mean loss on the validation rows; keep the best adapter."""
         self.trainable.model.eval()
         size = self.training.batch_size
         found = [self._batch(self.validation[at : at + size]) for at in range(0, len(self.validation), size)]
@@ -258,7 +249,6 @@ class Trainer:
             progress.best_step = step
             if self.training.keep_best:
                 save_adapter(self.trainable, self.folder / "best", self.training.save_dtype)
-        return loss
 
     def _ends(self, step: int) -> bool:
         patience = self.training.patience
@@ -308,3 +298,31 @@ class Trainer:
         self._tokens, self._seconds = last.tokens, last.seconds
         self._schedule = make_schedule(self.training, self._optimizer, self.total, len(self._progress.steps))
         self.control.report("notice", f"resumed after step {last.step}")
+        self._report_again()
+
+    def _report_again(self) -> None:
+        """What the state and the checkpoints tell: reports of the run before may not have arrived."""
+        for step in self._progress.steps:
+            news = self._measured(step.step)
+            self._report_step(step, news)
+            folder = self.folder / "checkpoints" / str(step.step)
+            if folder.is_dir():
+                self.control.report(
+                    "checkpoint", step=step.step, folder=str(folder), train_loss=step.loss, **news
+                )
+
+    def _measured(self, step: int) -> dict[str, Any]:
+        loss = self._progress.validations.get(step)
+        return {} if loss is None else {"valid_loss": loss}
+
+    def _report_step(self, step: Step, news: dict[str, Any]) -> None:
+        self.control.report(
+            "progress",
+            step=step.step,
+            total_steps=self.total,
+            train_loss=step.loss,
+            learning_rate=step.learning_rate,
+            tokens=step.tokens,
+            seconds=step.seconds,
+            **news,
+        )
