@@ -137,10 +137,10 @@ class Job:
     def __init__(self, message: StartJob) -> None:
         self.id, self.folder = message.id, Path(message.folder)
         self.training = json.loads((self.folder / "training.json").read_text())
-        self.options = self.training["adapter"]["options"]
+        self.options = self.training.get("adapter", {}).get("options", {})
         (data,) = (self.folder / "data").glob("training.*")
         self.rows = len(data.read_text().splitlines())
-        self.total = self.training["steps"] or int(self.rows * self.training["epochs"])
+        self.total = self.training.get("steps") or int(self.rows * self.training["epochs"])
         self.state = self.folder / "state.json"
         self.done = json.loads(self.state.read_text()) if self.state.exists() else 0
         self.began = False
@@ -187,7 +187,7 @@ class Job:
 
     def train(self, step: int) -> Iterator[JobReport]:
         yield self.progress(step)
-        if step % (self.training["checkpoint_every"] or self.rows) == 0:
+        if step % self.training.get("checkpoint_every", self.rows) == 0:
             self.save(f"checkpoint-{step}", str(step))
             yield self.checkpoint(step)
         self.state.write_text(str(step))
@@ -202,7 +202,7 @@ class Job:
         folder.mkdir(exist_ok=True)
         settings = {"peft_type": "LORA"} | self.options.get("config", {}).get(config, {})
         (folder / "adapter_config.json").write_text(json.dumps(settings))
-        (folder / "adapter_model.safetensors").write_bytes(f"{self.training['seed']} {name}".encode())
+        (folder / "adapter_model.safetensors").write_bytes(f"{self.training.get('seed')} {name}".encode())
         return str(folder)
 
     def report(self, kind: str, **fields: Any) -> JobReport:

@@ -294,7 +294,7 @@ def job_folder(folder: Path, **options: Any) -> str:
     (folder / "job" / "data").mkdir(parents=True)
     (folder / "job" / "data" / "training.jsonl").write_text("{}\n")
     training = Training(steps=2, adapter=Adapter(options=options))
-    (folder / "job" / "training.json").write_text(training.model_dump_json())
+    (folder / "job" / "training.json").write_text(training.model_dump_json(exclude_unset=True))
     return str(folder / "job")
 
 

@@ -102,7 +102,8 @@ class JobStore:
         self.files.link(session, new.training_file, data, "training", param="training_file")
         if new.validation_file is not None:
             self.files.link(session, new.validation_file, data, "validation", param="validation_file")
-        training = new.training.model_dump_json(indent=2).encode()
+        # What was set alone: a field that the kind of adapter has no use for is refused when it is.
+        training = new.training.model_dump_json(indent=2, exclude_unset=True).encode()
         write_file(draft / "training.json", [training], len(training))
         for folder in (data, draft):
             sync(folder)
