@@ -130,7 +130,7 @@ class Job:
     wait_at    a step before which it waits for the file `wait_for`
     fail_at    a step at which it fails
     die_at     a step at which it ends the engine, the first `die_times` times (1)
-    gate       what the result's gate says
+    held_out   rows that it leaves for the evaluation
     config     of the adapters that it makes, by step; "result" for the result
     """
 
@@ -178,7 +178,10 @@ class Job:
             yield from self.train(step)
         if self.done == self.total:
             data = {"step": self.total, "tokens": 10 * self.total, "folder": self.save("result", "result")}
-            yield self.report("succeeded", data=data | {k: v for k, v in self.options.items() if k == "gate"})
+            if rows := self.options.get("held_out"):
+                text = "".join(json.dumps(row) + "\n" for row in rows)
+                (self.folder / "held_out.jsonl").write_text(text)
+            yield self.report("succeeded", data=data)
 
     def progress(self, step: int) -> JobReport:
         loss = {"train_loss": 1 / step} | ({"valid_loss": 2 / step} if step % 2 == 0 else {})

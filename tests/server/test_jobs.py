@@ -108,14 +108,10 @@ def test_state_and_data_go_when_a_job_is_over(fresh: Server) -> None:
         ({"fail_at": 3}, "nan_loss", "the loss is NaN at step 3"),
         ({"config": {"result": {"refuse": "no rank"}}}, "adapter_refused", "no rank"),
         ({"config": {"result": {"ineffective": True}}}, "adapter_refused", "it changes nothing"),
-        ({"gate": {"passed": False, "exact_match": 0.2}}, "gate_not_passed", "exact_match 0.2"),
-        ({"gate": None}, "gate_not_evaluated", "told nothing"),
     ],
 )
 def test_a_job_fails_with_its_reason(fresh: Server, options: dict[str, Any], code: str, message: str) -> None:
     training: dict[str, Any] = {"checkpoint_every": 2}
-    if "gate" in options:
-        training["evaluation"] = {"gate": {"metric": "exact_match", "at_least": 0.9}}
     job = create(fresh, options=options, training=training)
     done = until_over(fresh, job.id)
     assert done.status == "failed"
@@ -134,11 +130,74 @@ def test_a_job_fails_with_its_reason(fresh: Server, options: dict[str, Any], cod
     assert until_over(fresh, create(fresh).id).status == "succeeded"  # the next one trains
 
 
-def test_a_gate_that_passed(fresh: Server) -> None:
-    job = until_over(fresh, create(fresh, options={"gate": {"passed": True, "exact_match": 1.0}}).id)
-    assert job.status == "succeeded"
-    data: Any = events(fresh, job.id)[-2].data
-    assert data == {"step": 4, "tokens": 40, "gate": {"passed": True, "exact_match": 1.0}}
+GATED = {
+    "checkpoint_every": 2,
+    "validation_fraction": 0.5,
+    "evaluation": {"gate": {"metric": "exact_match", "at_least": 0.9, "no_worse_than": "previous"}},
+}
+
+
+def held_out(server: Server, answer: str) -> list[dict[str, Any]]:
+    """Rows that the toy engine's adapters answer like that, or not."""
+    asked = [{"role": "user", "content": "one two three"}]
+    return [{"messages": [*asked, {"role": "assistant", "content": answer}]}] * 3
+
+
+def right_answer(server: Server) -> str:
+    """What every adapter of the toy engine answers."""
+    name = until_over(server, create(server).id).fine_tuned_model
+    reply = server.openai.chat.completions.create(
+        model=str(name), messages=[{"role": "user", "content": "one two three"}], max_tokens=64, temperature=0
+    )
+    return str(reply.choices[0].message.content)
+
+
+def test_a_gate_is_measured_on_held_out_rows_and_what_passes_is_published(fresh: Server) -> None:
+    rows = held_out(fresh, right_answer(fresh))
+    jobs = [create(fresh, options={"held_out": rows}, training=GATED, suffix="same") for _ in range(2)]
+    first, second = (until_over(fresh, job.id) for job in jobs)
+    assert (first.status, second.status) == ("succeeded", "succeeded")
+    data: Any = events(fresh, second.id)[-2].data
+    assert data["gate"]["passed"]
+    assert data["evaluation"].keys() >= {BASE, first.fine_tuned_model}
+    assert data["evaluation"][first.fine_tuned_model]["exact_match"] == 1.0
+    assert "equal to that of" in data["gate"]["reason"]
+    names = [fresh.openai.files.retrieve(id).filename for id in second.result_files]
+    assert names == ["step_metrics.csv", "evaluation.json", "evaluation.html"]
+    page = fresh.openai.files.content(second.result_files[2]).text
+    assert "one two three" in page
+    assert str(first.fine_tuned_model) in page
+
+
+def test_what_misses_its_gate_is_not_published_and_its_evaluation_kept(fresh: Server) -> None:
+    job = create(fresh, options={"held_out": held_out(fresh, "something else")}, training=GATED)
+    done = until_over(fresh, job.id)
+    assert (done.status, done.fine_tuned_model) == ("failed", None)
+    assert done.error is not None
+    assert done.error.code == "gate_not_passed"
+    assert "exact_match" in done.error.message
+    assert [fresh.openai.files.retrieve(id).filename for id in done.result_files] == [
+        "evaluation.json",
+        "evaluation.html",
+    ]
+    (last, *_) = fresh.openai.fine_tuning.jobs.checkpoints.list(job.id)
+    assert complete(fresh, last.fine_tuned_model_checkpoint).status_code == 200
+
+
+def test_a_gate_without_rows_is_refused_before_and_never_passed_by_silence(fresh: Server) -> None:
+    gate = {"evaluation": GATED["evaluation"]}
+    with pytest.raises(openai.BadRequestError, match="measured on validation rows"):
+        create(fresh, training=gate)
+    done = until_over(fresh, create(fresh, training=GATED).id)  # the engine leaves no rows
+    assert done.error is not None
+    assert (done.status, done.error.code) == ("failed", "gate_not_evaluated")
+
+
+def test_a_field_that_the_kind_has_no_use_for_is_refused_at_once(fresh: Server) -> None:
+    with pytest.raises(openai.BadRequestError, match="'ia3' has no use for it"):
+        fresh.openai.fine_tuning.jobs.create(
+            model=BASE, training_file=put(fresh).id, extra_body={"adapter": {"kind": "ia3", "rank": 4}}
+        )
 
 
 def test_a_checkpoint_that_cannot_be_served_ends_nothing(fresh: Server) -> None:

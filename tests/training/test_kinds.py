@@ -200,8 +200,6 @@ def test_loftq_begins_nearer_to_the_unquantized_weights(tiny_base: Path) -> None
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
-        ({"kind": "ia3", "rank": 4}, "adapter.rank=4: kind 'ia3' has no use for it"),
-        ({"kind": "prompt", "targets": ["q_proj"]}, "adapter.targets=.*kind 'prompt' has no use"),
         ({"options": {"r": 5}}, "adapter.options .*'r' follows from the adapter's own fields"),
         ({"options": {"colour": 1}}, "'colour' is no field of PEFT's LoraConfig"),
         ({"kind": "dora", "init": "pissa"}, "for LoRA without DoRA"),

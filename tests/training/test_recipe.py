@@ -35,6 +35,8 @@ def test_the_least_recipe_has_defaults_and_paths_beside_it(tmp_path: Path) -> No
         (LEAST + "evaluation: {row: 4}\n", r"'evaluation.row' is not a field; the fields are rows"),
         (LEAST + "adapter: {rank: 0}\n", r"adapter.rank: .*greater than 0 \(got 0\)"),
         (LEAST + "adapter: {rank: 513}\n", r"adapter.rank: .*512 \(got 513\)"),
+        (LEAST + "adapter: {kind: ia3, rank: 4}\n", r"adapter: .*rank=4: kind 'ia3' has no use for it"),
+        (LEAST + "adapter: {kind: prompt, targets: [q]}\n", r"targets=\['q'\]: kind 'prompt' has no use"),
         (LEAST + "adapter: {targets: []}\n", r"adapter.targets"),
         (LEAST + "quantization: int3\n", r"quantization: .*'none', 'nf4' or 'int8'.*'int3'"),
         (LEAST + "epochs: 2\n", "either `steps` or `epochs`"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 from fastapi import FastAPI
 
@@ -28,7 +29,7 @@ from veneer.server.state import ServerState
 
 def create_app(state: ServerState) -> FastAPI:
     """The application around `state`. The caller starts and stops `state.engine`, after this call."""
-    supervisor = JobSupervisor(state)
+    supervisor = JobSupervisor(state, lambda template, tokens: _own_models(app, state, template, tokens))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -57,3 +58,19 @@ def create_app(state: ServerState) -> FastAPI:
     ):
         app.include_router(module.router)
     return app
+
+
+def _own_models(app: FastAPI, state: ServerState, template: Any, max_new_tokens: int) -> Any:
+    """This server's models, asked without a socket."""
+    import httpx
+
+    from veneer.server.eval_client import ServerModels
+
+    keys = (state.config.admin_key, *state.config.api_keys)
+    return ServerModels(
+        "http://veneer",
+        api_key=next((key for key in keys if key), None),
+        template=template,
+        max_new_tokens=max_new_tokens,
+        transport=httpx.ASGITransport(app),
+    )

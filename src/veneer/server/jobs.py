@@ -24,6 +24,7 @@ from veneer.adapters.names import checkpoint_name
 from veneer.adapters.sources import from_folder
 from veneer.engine.messages import JobReport
 from veneer.errors import EngineUnavailable, InvalidRequest, NotFound, VeneerError, from_wire
+from veneer.server.job_evaluation import Evaluated, MakeModels, evaluate_job, wanted_evaluation
 from veneer.server.publish import Fill, delete, publish
 from veneer.server.state import ServerState
 from veneer.training.job_events import COLUMNS
@@ -64,9 +65,11 @@ class Progress:
 class JobSupervisor:
     """Follows the engine of `state` as its `job_listener`; `run` does the work."""
 
-    def __init__(self, state: ServerState) -> None:
+    def __init__(self, state: ServerState, make_models: MakeModels) -> None:
+        """`make_models` are this server's models, for evaluations."""
         self.progress: Progress | None = None
         self._state = state
+        self._make_models = make_models
         self._jobs = state.jobs
         self._inbox: deque[JobReport | str] = deque()  # "ready", "lost", "look"
         self._news = asyncio.Event()
@@ -224,23 +227,41 @@ class JobSupervisor:
             self._drop_later(old)
 
     async def _finish(self, job: Job, data: dict[str, Any]) -> None:
-        gate = data.get("gate")
-        if gate is None and job.training["evaluation"]["gate"] is not None:
-            raise VeneerError(
-                "the training told nothing of its gate, so the trained adapter is not published",
-                code="gate_not_evaluated",
-            )
-        if gate is not None and not gate["passed"]:
-            told = ", ".join(f"{key} {value}" for key, value in gate.items() if key != "passed")
-            raise InvalidRequest(
-                f"the trained adapter did not pass its gate ({told}), so it is not published; "
-                "the job's checkpoints are served",
-                code="gate_not_passed",
-            )
-        await publish(self._state, job.result_name, self._fill(job, data), trained=True)
+        evaluated = await self._evaluate(job, data)
         shown = {key: value for key, value in data.items() if key != "folder"}
-        if not await asyncio.to_thread(self._jobs.succeed, job.id, shown):
+        files: dict[str, bytes] = {}
+        if evaluated is not None:
+            files, shown = evaluated.files, shown | evaluated.shown()
+            decision = evaluated.decision
+            if decision is not None and not decision.passed:
+                error = InvalidRequest(
+                    f"the trained adapter did not pass its gate ({decision.reason}), so it is not published; "
+                    "the job's checkpoints are served",
+                    code="gate_not_passed",
+                )
+                await asyncio.to_thread(self._jobs.fail, job.id, error, files)
+                return
+        await publish(self._state, job.result_name, self._fill(job, data), trained=True)
+        if not await asyncio.to_thread(self._jobs.succeed, job.id, shown, files):
             await self._drop(job.result_name)  # it was cancelled meanwhile
+
+    async def _evaluate(self, job: Job, data: dict[str, Any]) -> Evaluated | None:
+        """Evaluate the result, if the job asks for that, under the name of the checkpoint that it is."""
+        folder = self._jobs.folder(job)
+        training = await asyncio.to_thread(wanted_evaluation, folder)
+        if training is None:
+            if job.training["evaluation"]["gate"] is not None:
+                raise VeneerError(
+                    "the training left no held-out rows to measure its gate on, so the trained adapter is not "
+                    "published",
+                    code="gate_not_evaluated",
+                )
+            return None
+        await self._checkpoint(job, data)
+        await asyncio.to_thread(self._jobs.notice, job.id, "Evaluating the result")
+        previous = await asyncio.to_thread(self._jobs.previous_result, job)
+        name = checkpoint_name(job.result_name, int(data["step"]))
+        return await evaluate_job(job, training, folder, self._make_models, name, previous)
 
     def _fill(self, job: Job, data: dict[str, Any]) -> Fill:
         """An adapter that the engine has left in the job's folder, and nowhere else."""

@@ -71,6 +71,14 @@ def resolve(
             "send one of them",
             param="training.validation_fraction",
         )
+    evaluation = training.get("evaluation")
+    gate = evaluation.get("gate") if isinstance(evaluation, Mapping) else None
+    if gate is not None and not has_validation and training.get("validation_fraction") is None:
+        raise InvalidRequest(
+            "training.evaluation.gate is measured on validation rows, and there are none; send a "
+            "validation_file or training.validation_fraction",
+            param="training.evaluation.gate",
+        )
     fields = _defaults(method, hyperparameters, training)
     fields |= {"method": method, "adapter": adapter, "seed": seed, **training}
     try:

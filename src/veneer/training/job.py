@@ -22,8 +22,9 @@ from veneer.training.control import Control, turns
 from veneer.training.data import read_pairs, read_rows, read_texts
 from veneer.training.data_report import DataReport, describe, lengths_of, plot_lengths
 from veneer.training.encoding import Encoded, Encoder
+from veneer.training.formats import Pair, Row, Text
 from veneer.training.kinds import Setting, make_trainable
-from veneer.training.recipe import Training
+from veneer.training.recipe import HELD_OUT, Training
 from veneer.training.report import training_report, write_losses
 from veneer.training.splitting import check_apart, split
 from veneer.training.trainer import Result, Rows, Trainer, total_steps
@@ -168,6 +169,20 @@ def _examples(prepared: Prepared, training: Training, device: torch.device) -> l
     starts = range(0, min(len(rows), _EXAMPLES * size), size)
     found = [collate(rows[start : start + size], prepared.stops[0]).to(device).inputs() for start in starts]
     return [{name: each for name, each in batch.items() if name != "labels"} for batch in found]
+
+
+def write_held_out(folder: Path, examples: Sequence[Row | Text | Pair]) -> None:
+    """Leave the validation rows for an evaluation (`recipe.HELD_OUT`). Of a pair it is the chosen answer."""
+    lines = []
+    for example in examples:
+        if isinstance(example, Text):
+            lines.append(json.dumps({"text": example.text}))
+            continue
+        turns = [{"role": turn.role, "content": turn.content} for turn in example.prompt]
+        answer = example.answer if isinstance(example, Row) else example.chosen
+        lines.append(json.dumps({"messages": [*turns, {"role": "assistant", "content": answer}]}))
+    if lines:
+        (folder / HELD_OUT).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:

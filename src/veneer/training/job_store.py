@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -251,18 +251,34 @@ class JobStore:
                 session.delete(checkpoint)
             return surplus
 
-    def succeed(self, id: str, data: Mapping[str, Any]) -> bool:
-        """The result is served under the job's `result_name`. False when the job was over before."""
+    def previous_result(self, job: Job) -> str | None:
+        """What the last job before this one of the same base and suffix made."""
+        stem = job.result_name.rpartition(":")[0]
+        with self._store.read() as session:
+            query = select(Job.fine_tuned_model).where(Job.status == "succeeded", Job.number < job.number)
+            named = query.where(Job.fine_tuned_model.startswith(f"{stem}:", autoescape=True))
+            found = session.scalar(named.order_by(Job.number.desc()).limit(1))
+        if found is None:
+            return None
+        try:
+            return self._store.resolve(found).served_name
+        except (NotFound, Conflict):  # it was deleted since
+            return None
+
+    def succeed(self, id: str, data: Mapping[str, Any], files: Mapping[str, bytes] | None = None) -> bool:
+        """The result is served under the job's `result_name`. False when the job was over before.
+
+        `files` are kept as result files, behind the table of all steps.
+        """
         with self._store.read() as session:
             table = metrics_csv(session, _row(session, id))
         with self._store.stage() as staging:
-            draft = staging.path / "step_metrics.csv"
-            size = write_file(draft, [table], len(table))
+            drafts = _write(staging.path, {"step_metrics.csv": table, **(files or {})})
             with self._store.change(f"job {id!r}") as session:
                 job = _row(session, id)
                 if job.over:
                     return False
-                job.result_files = [self.files.keep(session, draft, draft.name, RESULTS, size).id]
+                job.result_files = self._keep(session, drafts)
                 job.status, job.finished_at = "succeeded", int(time.time())
                 job.fine_tuned_model = job.result_name
                 job.tokens = data.get("tokens", job.tokens)
@@ -270,16 +286,24 @@ class JobStore:
                 add_event(session, job, "The job has successfully completed")
         return True
 
-    def fail(self, id: str, error: VeneerError) -> None:
+    def fail(self, id: str, error: VeneerError, files: Mapping[str, bytes] | None = None) -> None:
         """Also on a full disk, as far as the store's spare room reaches. A job that is over stays as it is."""
 
         def turn() -> None:
-            with self._store.change(f"job {id!r}") as session:
+            with ExitStack() as stack:
+                staged = stack.enter_context(self._store.stage()).path if files else Path()
+                drafts = _write(staged, files or {})
+                session = stack.enter_context(self._store.change(f"job {id!r}"))
                 job = _row(session, id)
                 if not job.over:
+                    job.result_files = self._keep(session, drafts)
                     _fail(session, job, error)
 
         self._store.with_spare(turn)
+
+    def _keep(self, session: Session, drafts: Mapping[Path, int]) -> list[str]:
+        """Ids of the files that written ones have become."""
+        return [self.files.keep(session, path, path.name, RESULTS, size).id for path, size in drafts.items()]
 
     def counts(self) -> dict[str, int]:
         """How many jobs have each status."""
@@ -315,6 +339,13 @@ class JobStore:
         for path in self._folder.iterdir():
             if path.name not in known:
                 discard(path, self._trash)
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> dict[Path, int]:
+    """Write files; their sizes by path."""
+    return {
+        folder / name: write_file(folder / name, [content], len(content)) for name, content in files.items()
+    }
 
 
 _COUNTS = select(Job.status, func.count()).group_by(Job.status)

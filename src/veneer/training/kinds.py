@@ -1,7 +1,7 @@
 """What can be trained: from a recipe's `Adapter` to a model with trainable weights on a view of the base.
 
-PEFT makes the modules of all kinds but three of our own (modules.py). `KINDS` says for each which fields of
-`Adapter` it uses; one that is set and has no use is refused. Kinds are spelled as in recipe.py.
+PEFT makes the modules of all kinds but three of our own (modules.py). Kinds are spelled as in recipe.py, which also
+says which fields of `Adapter` each uses.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import peft
 import torch
@@ -17,10 +17,9 @@ import torch
 from veneer.errors import InvalidRequest
 from veneer.training.modules import add_bottlenecks, add_interventions, free_layers
 from veneer.training.peft_model import PeftTrainable, start_factors
-from veneer.training.recipe import Adapter, Training
+from veneer.training.recipe import USES, Adapter, Kind, Training
 from veneer.training.trainable import Trainable
 
-_LORA = ("rank", "alpha", "dropout", "targets", "init", "layers", "options")
 _PLUS_RATIO = 16.0  # LoRA+, https://arxiv.org/abs/2402.12354
 
 
@@ -35,31 +34,18 @@ class Setting:
     examples: Callable[[], list[dict[str, torch.Tensor]]]  # batches of the data, for those from activations
 
 
-class Kind(NamedTuple):
-    fields: tuple[str, ...]
-    make: Callable[[Adapter, Setting], Trainable]
-
-
 def make_trainable(training: Training, setting: Setting) -> Trainable:
     """Put the adapter of `training` on the view; the same seed gives the same first weights.
 
     Raises:
-        InvalidRequest: a field has no use for this kind, or its library refuses it; the field is named.
+        InvalidRequest: the kind's library refuses a field; it is named.
     """
     adapter = training.adapter
-    kind = KINDS[adapter.kind]
-    idle = sorted(adapter.model_fields_set - {"kind", *kind.fields})
-    if idle:
-        raise InvalidRequest(
-            f"adapter.{idle[0]}={getattr(adapter, idle[0])!r}: kind {adapter.kind!r} has no use for it; its fields "
-            f"are {', '.join(kind.fields)}. Leave it out.",
-            param=f"adapter.{idle[0]}",
-        )
     torch.manual_seed(training.seed)
     try:
-        return kind.make(adapter, setting)
+        return KINDS[adapter.kind](adapter, setting)
     except (ValueError, TypeError, NotImplementedError) as error:
-        field = "options" if adapter.options else "targets" if "targets" in kind.fields else "kind"
+        field = "options" if adapter.options else "targets" if "targets" in USES[adapter.kind] else "kind"
         raise InvalidRequest(
             f"adapter.{field} {getattr(adapter, field)!r}: {error}", param=f"adapter.{field}"
         ) from error
@@ -200,39 +186,27 @@ def _vera(adapter: Adapter, setting: Setting) -> Trainable:
     )
 
 
-_TARGETS = ("targets", "layers", "options")
-KINDS: Mapping[str, Kind] = {
-    "lora": Kind(_LORA, _lora),
-    "rslora": Kind(_LORA, _lora),
-    "dora": Kind(_LORA, _lora),
-    "lora+": Kind(_LORA, _lora),
-    "adalora": Kind(("rank", "alpha", "dropout", *_TARGETS), _adalora),
-    "vera": Kind(("rank", "dropout", *_TARGETS), _vera),
-    "gralora": Kind(
-        ("rank", "alpha", "dropout", *_TARGETS), _scaled("GraloraConfig", dropout="gralora_dropout")
+KINDS: Mapping[Kind, Callable[[Adapter, Setting], Trainable]] = {
+    "lora": _lora,
+    "rslora": _lora,
+    "dora": _lora,
+    "lora+": _lora,
+    "adalora": _adalora,
+    "vera": _vera,
+    "gralora": _scaled("GraloraConfig", dropout="gralora_dropout"),
+    "loha": _scaled("LoHaConfig"),
+    "lokr": _scaled("LoKrConfig"),
+    "oft": _ranked("OFTConfig", rank="oft_block_size", r=0),
+    "ia3": _ia3,
+    "hra": _ranked("HRAConfig"),
+    "miss": _ranked("MissConfig", dropout="miss_dropout"),
+    "prefix": _virtual("PrefixTuningConfig"),
+    "prompt": _virtual("PromptTuningConfig"),
+    "p-tuning": _virtual("PromptEncoderConfig"),
+    "bitfit": lambda adapter, setting: _peft(
+        adapter, setting, peft.BeftConfig, target_modules=adapter.targets
     ),
-    "loha": Kind(("rank", "alpha", *_TARGETS), _scaled("LoHaConfig")),
-    "lokr": Kind(("rank", "alpha", *_TARGETS), _scaled("LoKrConfig")),
-    "oft": Kind(("rank", *_TARGETS), _ranked("OFTConfig", rank="oft_block_size", r=0)),
-    "ia3": Kind(("targets", "options"), _ia3),
-    "hra": Kind(("rank", *_TARGETS), _ranked("HRAConfig")),
-    "miss": Kind(("rank", "dropout", *_TARGETS), _ranked("MissConfig", dropout="miss_dropout")),
-    "prefix": Kind(("tokens", "options"), _virtual("PrefixTuningConfig")),
-    "prompt": Kind(("tokens", "options"), _virtual("PromptTuningConfig")),
-    "p-tuning": Kind(("tokens", "options"), _virtual("PromptEncoderConfig")),
-    "bitfit": Kind(
-        ("targets", "options"),
-        lambda adapter, setting: _peft(adapter, setting, peft.BeftConfig, target_modules=adapter.targets),
-    ),
-    "reft": Kind(
-        ("rank", "layers", "options"),
-        lambda adapter, setting: add_interventions(setting.view, adapter, setting.base_name),
-    ),
-    "bottleneck": Kind(
-        ("rank", "layers", "options"),
-        lambda adapter, setting: add_bottlenecks(setting.view, adapter, setting.base_name),
-    ),
-    "layers": Kind(
-        ("layers", "targets"), lambda adapter, setting: free_layers(setting.view, adapter, setting.base_name)
-    ),
+    "reft": lambda adapter, setting: add_interventions(setting.view, adapter, setting.base_name),
+    "bottleneck": lambda adapter, setting: add_bottlenecks(setting.view, adapter, setting.base_name),
+    "layers": lambda adapter, setting: free_layers(setting.view, adapter, setting.base_name),
 }

@@ -12,6 +12,7 @@ Fields that are not listed here are refused by name. Imports no torch: the HTTP 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -48,12 +49,41 @@ Kind = Literal[
 ]
 
 
+HELD_OUT = "held_out.jsonl"  # in a job's folder: the validation rows, for its evaluation
+
+_LORA = ("rank", "alpha", "dropout", "targets", "init", "layers", "options")
+_TARGETS = ("targets", "layers", "options")
+USES: Mapping[Kind, tuple[str, ...]] = {
+    "lora": _LORA,
+    "rslora": _LORA,
+    "dora": _LORA,
+    "lora+": _LORA,
+    "adalora": ("rank", "alpha", "dropout", *_TARGETS),
+    "vera": ("rank", "dropout", *_TARGETS),
+    "gralora": ("rank", "alpha", "dropout", *_TARGETS),
+    "loha": ("rank", "alpha", *_TARGETS),
+    "lokr": ("rank", "alpha", *_TARGETS),
+    "oft": ("rank", *_TARGETS),
+    "ia3": ("targets", "options"),
+    "hra": ("rank", *_TARGETS),
+    "miss": ("rank", "dropout", *_TARGETS),
+    "prefix": ("tokens", "options"),
+    "prompt": ("tokens", "options"),
+    "p-tuning": ("tokens", "options"),
+    "bitfit": ("targets", "options"),
+    "reft": ("rank", "layers", "options"),
+    "bottleneck": ("rank", "layers", "options"),
+    "layers": ("layers", "targets"),
+}
+"""The fields of `Adapter` that each kind uses."""
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Adapter(_Strict):
-    """What is trained. A field that the kind has no use for is refused (training/kinds.py)."""
+    """What is trained. A field that is set and that the kind has no use for is refused."""
 
     kind: Kind = "lora"
     rank: Annotated[int, Field(gt=0, le=512)] = 8  # r; block size of oft; size of a bottleneck
@@ -64,6 +94,17 @@ class Adapter(_Strict):
     tokens: Positive = 16  # virtual tokens of prefix, prompt and p-tuning
     layers: list[Annotated[int, Field(ge=0)]] | None = None  # decoder layers to train; None: all
     options: dict[str, Any] = {}  # further fields of PEFT's config of this kind, by its names
+
+    @model_validator(mode="after")
+    def _has_use_for_all(self) -> Adapter:
+        idle = sorted(self.model_fields_set - {"kind", *USES[self.kind]})
+        if idle:
+            value = getattr(self, idle[0])
+            raise ValueError(
+                f"{idle[0]}={value!r}: kind {self.kind!r} has no use for it; its fields are "
+                f"{', '.join(USES[self.kind])}. Leave it out"
+            )
+        return self
 
 
 class Gate(_Strict):
@@ -157,10 +198,6 @@ class Recipe(Training):
             if getattr(self, f"{kind}_data") is not None and getattr(self, f"{kind}_fraction") is not None:
                 raise ValueError(f"give `{kind}_data` or `{kind}_fraction`, not both")
         return self
-
-    def training(self) -> Training:
-        """What a job would be asked for."""
-        return Training.model_validate(self.model_dump(include=set(Training.model_fields)))
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -19,7 +19,7 @@ from veneer.engine.messages import JobReport, StartJob, StopJob, WireError
 from veneer.errors import InvalidRequest, StorageFull, VeneerError
 from veneer.training.control import Stopped
 from veneer.training.governor import Governor
-from veneer.training.job import Resident, prepare, run, write_report
+from veneer.training.job import Resident, prepare, run, write_held_out, write_report
 from veneer.training.recipe import Training
 from veneer.training.report import versions
 
@@ -96,6 +96,7 @@ class TrainingWorker:
         training = Training.model_validate_json((folder / "training.json").read_text("utf-8"))
         files = {path.stem: path for path in sorted((folder / "data").iterdir())}
         prepared = prepare(training, self._resident, files)
+        write_held_out(folder, prepared.examples.validation)
         with on_own_stream(self._resident.base.device):
             result, report = run(training, self._resident, prepared, folder, control)
         whole: dict[str, Any] = {
