@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from veneer.engine.messages import JobReport, StartJob, StopJob, WireError
-from veneer.errors import InvalidRequest, StorageFull, VeneerError
+from veneer.errors import Conflict, InvalidRequest, StorageFull, VeneerError
 from veneer.training.control import Stopped
 from veneer.training.governor import Governor
 from veneer.training.job import Resident, prepare, run, write_held_out, write_report
 from veneer.training.recipe import Training
 from veneer.training.report import versions
+
+LOCK_SECONDS = 30.0  # an engine whose server was killed lives on for a moment
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +83,11 @@ class TrainingWorker:
                 self._governor.begin()
             control = _JobControl(job.id, self._governor, self._report)
             try:
-                last = self._train(job, control)
+                with FileLock(Path(job.folder) / "lock", timeout=LOCK_SECONDS):
+                    last = self._train(job, control)
+            except Timeout:
+                held = "another process trains this job; it is not started twice"
+                last = JobReport(id=job.id, kind="failed", error=_wire(Conflict(held)))
             except Stopped:
                 last = JobReport(id=job.id, kind="stopped", data={"step": control.step})
             except BaseException as error:  # the server serves on
