@@ -194,6 +194,21 @@ def test_a_base_beside_the_recipe_that_does_not_exist_is_named(tmp_path: Path) -
         main(write_recipe(tmp_path, "./none"))
 
 
+def test_a_template_of_its_own_is_trained_with_and_kept(tmp_path: Path, tiny_base: Path) -> None:
+    template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}<|im_end|>{% endfor %}"
+    template += "{% if add_generation_prompt %}[assistant] {% endif %}"
+    (tmp_path / "own.jinja").write_text(template)
+    folder = main(write_recipe(tmp_path, tiny_base, steps=1, chat_template="own.jinja", batch_size=4))
+    assert (folder / "chat_template.jinja").read_text() == template
+    plain = main(write_recipe(tmp_path / "plain", tiny_base, steps=1, batch_size=4))
+    losses = [
+        json.loads((each / "report.json").read_text())["training"]["first_loss"] for each in (folder, plain)
+    ]
+    assert losses[0] != losses[1]
+    with pytest.raises(InvalidRequest, match=r"chat_template .*none\.jinja"):
+        main(write_recipe(tmp_path / "none", tiny_base, steps=1, chat_template="none.jinja"))
+
+
 def test_training_on_an_nf4_base(tmp_path: Path, tiny_base: Path) -> None:
     folder = main(
         write_recipe(

@@ -67,13 +67,18 @@ def prepare(
     resident: Resident,
     files: dict[str, Path],
     test_fraction: float | None = None,
+    chat_template: str | None = None,
 ) -> Prepared:
     """Read and encode the rows in `files`: "training", perhaps "validation" and "test".
+
+    `chat_template` takes the place of the base's.
 
     Raises:
         InvalidRequest: the rows are wrong, or the base cannot be trained on them; row or field is named.
     """
     tokenizer = AutoTokenizer.from_pretrained(resident.folder, trust_remote_code=False)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     stops = stops_of(tokenizer, resident)
     examples = _read(training, files, test_fraction)
     encoder = Encoder(tokenizer, stops, training.template, training.loss_on)

@@ -187,6 +187,9 @@ class Recipe(Training):
     validation_data: Path | None = None
     test_data: Path | None = None
     test_fraction: Fraction | None = None
+    chat_template: Path | None = (
+        None  # a Jinja file, kept with the adapter, whose requests then use it; None: the base's
+    )
     output: Path
     quantization: Literal["none", "nf4", "int8"] = "none"  # of the base while training
     dtype: Literal["auto"] | Dtype = "auto"  # of the base; auto: bfloat16 on CUDA, float32 on CPU
@@ -218,7 +221,7 @@ def read_recipe(path: Path) -> Recipe:
         raise InvalidRequest(f"recipe {str(path)!r}: {faults(Recipe, error)}") from error
     placed: dict[str, Path | str] = {
         name: path.parent / value
-        for name in ("data", "validation_data", "test_data", "output")
+        for name in ("data", "validation_data", "test_data", "chat_template", "output")
         if (value := getattr(recipe, name)) is not None
     }
     if recipe.base is not None and recipe.base.startswith("."):

@@ -38,7 +38,8 @@ from veneer.training.recipe import Recipe, read_recipe
 from veneer.training.report import versions
 
 WORK = ".training"
-_EXTRA = ("loss.csv", "loss.png", "data.png", "report.json", "evaluation.html")
+_TEMPLATE = "chat_template.jinja"
+_EXTRA = ("loss.csv", "loss.png", "data.png", "report.json", "evaluation.html", _TEMPLATE)
 _BASE, _TRAINED = "base", "trained"
 
 
@@ -63,6 +64,7 @@ def main(recipe_path: Path, *, overwrite: bool = False) -> Path:
         resident,
         {name: path for name, path in files.items() if path is not None},
         recipe.test_fraction,
+        _chat_template(recipe),
     )
     print(prepared.report)
     with _Measure(recipe, resident, prepared) as measure, _work_folder(recipe) as work:
@@ -84,6 +86,8 @@ def main(recipe_path: Path, *, overwrite: bool = False) -> Path:
         write_report(work, report)
         if evaluation is not None:
             (work / "evaluation.html").write_text(to_html(evaluation, {"recipe": recipe_path.name}), "utf-8")
+        if recipe.chat_template is not None:
+            shutil.copy(recipe.chat_template, work / _TEMPLATE)
         _put_in_place(work, result.folder, recipe.output)
     return recipe.output
 
@@ -124,6 +128,17 @@ def _measured(evaluation: EvaluationResult) -> dict[str, Any]:
         },
         "evaluation": to_dict(evaluation, {"rows": "held out"}),
     }
+
+
+def _chat_template(recipe: Recipe) -> str | None:
+    if recipe.chat_template is None:
+        return None
+    try:
+        return recipe.chat_template.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(
+            f"chat_template {str(recipe.chat_template)!r} cannot be read: {error}"
+        ) from error
 
 
 def _load(recipe: Recipe, folder: Path) -> Base:
@@ -244,7 +259,7 @@ def _device_name(device: torch.device) -> str:
 def _public(recipe: Recipe) -> dict[str, Any]:
     """The recipe without this machine's paths."""
     fields = recipe.model_dump(mode="json", exclude={"output"}, exclude_unset=True)
-    files = ("data", "validation_data", "test_data")
+    files = ("data", "validation_data", "test_data", "chat_template")
     names = {name: Path(fields[name]).name for name in files if fields.get(name) is not None}
     return {**fields, **names, "base": served_name(recipe.base)}
 
