@@ -2,9 +2,10 @@
 
 python -m benchmarks.memory [--cases lora,dpo] [--base MODEL] [--output benchmarks/results]
 
-Each case is a training of two steps in a process of its own. Measured is, on CUDA, `torch.cuda.max_memory_allocated`;
-on the CPU the weights and what PyTorch's allocator handed out beyond them at its peak, as its profiler saw it, which
-is exact where a resident set is not. A row's times are of the second step: measured, and as floor the plan's estimate.
+Each case is a training of two steps in a process of its own. Measured is, on CUDA,
+`torch.cuda.max_memory_allocated`; on the CPU the weights and what PyTorch's allocator handed out beyond them at its
+peak, as its profiler saw it: exact where a resident set is not. A row's times are of the second step: measured, and
+as floor the estimate of `veneer plan`.
 """
 
 from __future__ import annotations

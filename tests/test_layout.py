@@ -35,6 +35,7 @@ TORCH_FREE = [
     "veneer.training.job_store",
     "veneer.training.recipe",
     "veneer.server.cli",
+    "veneer.training.advice",
     "veneer.training.data",
     "veneer.training.data_report",
     "veneer.server.eval_cli",

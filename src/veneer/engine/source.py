@@ -92,6 +92,20 @@ def resolve(model: str | None, *, revision: str | None = None, cache: Path | Non
     return _from_hub(model, revision)
 
 
+def describe(model: str | None) -> Path:
+    """A folder with config and tokenizer of `model`; of a hub model the weights are not fetched.
+
+    Raises as `resolve`.
+    """
+    if _is_hub_id(model):
+        assert model is not None
+        return _fetched(model, None, [name for name in _HUB_FILES if "safetensors" not in name])
+    path = Path(model).expanduser() if model is not None else None
+    if path is not None and (path / "config.json").is_file():
+        return path.resolve()
+    return resolve(model)
+
+
 def check_folder(folder: Path) -> Path:
     """Check that transformers can load `folder` without pickle and without slow start; return it."""
     if not (folder / "config.json").is_file():
@@ -167,12 +181,16 @@ def _packaged_gguf() -> Path:
 
 
 def _from_hub(model: str, revision: str | None) -> Path:
+    return check_folder(_fetched(model, revision, _HUB_FILES))
+
+
+def _fetched(model: str, revision: str | None, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = snapshot_download(
-            model, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED
+            model, revision=revision, allow_patterns=files, ignore_patterns=_HUB_IGNORED
         )
     except HFValidationError as error:
         raise InvalidRequest(
@@ -186,7 +204,7 @@ def _from_hub(model: str, revision: str | None) -> Path:
             f"{reason}. Check the name and the connection (HF_TOKEN for gated models), or give a local path",
             param="model",
         ) from error
-    return check_folder(Path(folder))
+    return Path(folder)
 
 
 def _key(gguf: Path) -> str:

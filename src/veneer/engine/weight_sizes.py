@@ -1,9 +1,9 @@
-"""How many bytes the resident base takes, from its config alone: what `Base.memory_bytes` counts once it is loaded."""
+"""How many bytes the resident base takes, from its config alone: what `Base.memory_bytes` will count."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -30,14 +30,18 @@ def weight_bytes(config: Any, quantization: str, dtype: torch.dtype, device: str
     model = empty_model(config, dtype)
     tensors = [*model.parameters(), *model.buffers()]
     if quantization == "none":
-        return sum(each.nbytes for each in tensors)
-    linears = {name: each for name, each in quantized_linears(model)}
+        return _bytes(tensors)
+    linears = dict(quantized_linears(model))
     replaced = {id(each.weight) for each in linears.values()}
-    rest = sum(each.nbytes for each in tensors if id(each) not in replaced)
+    rest = _bytes(each for each in tensors if id(each) not in replaced)
     if quantization == "int8":
         return rest + sum(each.weight.numel() + 4 * each.out_features for each in linears.values())
     own = device == "cuda" and dtype == torch.bfloat16
     return rest + sum(_nf4_bytes(rows, columns, own) for rows, columns in _fused(linears))
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(int(each.nbytes) for each in tensors)
 
 
 def quantized_linears(model: Any) -> Iterator[tuple[str, nn.Linear]]:

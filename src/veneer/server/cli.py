@@ -1,4 +1,4 @@
-"""The `veneer` command: `serve`, `prepare`, `train`, `eval`, `adapters` and `conformance`.
+"""The `veneer` command: `serve`, `prepare`, `train`, `plan`, `eval`, `adapters` and `conformance`.
 
 Flags have vLLM's names where vLLM has the flag. This module parses and dispatches, nothing more. Each
 subcommand imports what it needs when it runs: `veneer --help` is fast, and the server imports no torch.
@@ -18,6 +18,7 @@ import veneer
 from veneer.engine.source import DEFAULT_MODEL
 from veneer.errors import VeneerError
 from veneer.training.metrics import Metric
+from veneer.training.recipe import Kind
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -81,6 +82,13 @@ def _number(text: str) -> float:
         return float("nan")
 
 
+def rate(text: str) -> float:
+    """A finite number above 0."""
+    if (value := seconds(text)) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
+    return value
+
+
 def lora_module(text: str) -> tuple[str, str]:
     """`name=path` as vLLM's --lora-modules takes it."""
     name, separator, path = text.partition("=")
@@ -105,6 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
         commands.add_parser("prepare", help="download or convert a base model, so that serve starts fast")
     )
     _add_train(commands.add_parser("train", help="train an adapter from a recipe"))
+    _add_plan(commands.add_parser("plan", help="suggest a recipe for data, and predict its memory and time"))
     _add_eval(
         commands.add_parser("eval", help="compare models of a running server on rows with known answers")
     )
@@ -273,6 +282,30 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_train)
 
 
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Prints a recipe for `veneer train`, with reasons and predictions as comments. No weights are read."
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="FILE", help="rows: .jsonl, .csv or .parquet"
+    )
+    parser.add_argument("--base", metavar="MODEL", help="folder, hub id or GGUF file (the default base)")
+    parser.add_argument(
+        "--method", choices=("supervised", "dpo", "self_supervised"), help="what the rows are for (by format)"
+    )
+    parser.add_argument("--kind", choices=get_args(Kind), default="lora", help="of adapter (%(default)s)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(%(default)s)")
+    parser.add_argument("--memory", type=size, metavar="SIZE", help="that must do (all of this machine's)")
+    parser.add_argument("--quantization", choices=("nf4", "int8", "none"), help="of the base (what fits)")
+    parser.add_argument("--rank", type=positive, help="instead of the suggestion")
+    parser.add_argument("--batch-size", type=positive, help="instead of the suggestion")
+    parser.add_argument("--max-length", type=positive, help="instead of the suggestion, in tokens")
+    parser.add_argument("--tflops", type=rate, help="of the device's matrix products (measured)")
+    parser.add_argument("--bandwidth", type=rate, metavar="GB/S", help="of its memory (measured)")
+    parser.add_argument("--json", action="store_true", help="print an object")
+    parser.set_defaults(run=_plan)
+
+
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Exit status 0 when done, 3 when the last model does not pass --at-least or --no-worse-than."
@@ -428,6 +461,12 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
     print(resolve_model(arguments.model))
     return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from veneer.training.plan import main as plan
+
+    return plan(arguments)
 
 
 def _train(arguments: argparse.Namespace) -> int:

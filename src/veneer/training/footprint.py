@@ -4,9 +4,9 @@
     footprint.total, footprint.parameters
 
 The trainable model is made by the same code as in a training (kinds.py), on fake tensors, which have shapes and no
-numbers, and takes two steps with the trainer's losses and optimizer. A ledger sees every operation of them and keeps
-the bytes that are alive. No weights are read. What is not counted: what a kernel takes within itself, the padding of
-blocks by CUDA's caching allocator, and CUDA's context (some 0.5 GiB a process).
+numbers, and takes two steps with the trainer's losses and optimizer. A ledger sees every operation of them and
+keeps the bytes that are alive. No weights are read. What is not counted: what a kernel takes within itself, the
+padding of blocks by CUDA's caching allocator, and CUDA's context (some 0.5 GiB a process).
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ class Footprint:
 def predict(training: Training, config: Any, machine: Machine, load: Load) -> Footprint:
     """The footprint of steps with micro-batches of such a load, whatever `batch_size` and `max_length` say.
 
-    A deep model is followed at two small depths. With layers that are alike the bytes at each of `_Peaks` grow by the
-    same amount for every layer, so two depths give all.
+    A deep model is followed at two small depths. With layers that are alike the bytes at each of `_Peaks` grow by
+    the same amount for every layer, so two depths give all.
 
     Raises:
         InvalidRequest: the adapter's fields do not fit the base.
@@ -141,13 +141,14 @@ class _Peaks:
 
 def _follow(training: Training, config: Any, machine: Machine, load: Load) -> _Peaks:
     ledger = Ledger()
-    with FakeTensorMode(allow_non_fake_inputs=True), _replaceable_parameters(), _masks(training.packing):
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake, _replaceable_parameters(), _masks(training.packing), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         view = _view(config, machine, ledger)
         if training.gradient_checkpointing:
             kwargs = {"use_reentrant": False, "preserve_rng_state": False}  # fake tensors draw nothing
             view.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
-        with ledger, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with ledger:
             steps = _Steps(training, view, machine, load, ledger)
             steps.take()
             return steps.take()
@@ -346,7 +347,7 @@ def _replaceable_parameters() -> Iterator[None]:
 
     def apply(module: nn.Module, function: Any, recurse: bool = True) -> nn.Module:
         for child in module.children():
-            child._apply(function)
+            apply(child, function)
         with torch.no_grad():
             for name, each in module._parameters.items():
                 if each is not None and (changed := function(each)) is not each:
@@ -356,7 +357,7 @@ def _replaceable_parameters() -> Iterator[None]:
                     module._buffers[name] = function(buffer)
         return module
 
-    nn.Module._apply = apply  # type: ignore[method-assign, assignment]
+    nn.Module._apply = apply  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -378,11 +379,11 @@ def _masks(packed: bool) -> Iterator[None]:
 # ---- ledger -------------------------------------------------------------------------------------
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all storages that operations under it make, each until it is freed, and their work."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.alive = self.peak = 0
         self.work = Work()
         self._known: dict[int, weakref.ref[Any]] = {}  # by id, while the storage lives
@@ -401,6 +402,8 @@ class Ledger(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.bool:
+            return True  # PEFT's LoHa and LoKr ask whether a random number spares the module
         result = func(*args, **kwargs)
         if func.namespace == "prim":  # a question about a tensor
             return result
@@ -425,22 +428,20 @@ class Ledger(TorchDispatchMode):
         self.peak = max(self.peak, self.alive)
 
 
-_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_: sdpa_flop_count(
-        q.shape, k.shape, v.shape
-    ),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda g, q, k, v, *_: sdpa_backward_flop_count(g.shape, q.shape, k.shape, v.shape)
-    ),
-}
-
-
 def _work(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> Work:
-    packet = func._overloadpacket
-    if packet in _ATTENTION:
-        return Work(products=_ATTENTION[packet](*args))
-    if packet in flop_registry:
-        return Work(products=flop_registry[packet](*args, **kwargs, out_val=result))
+    """By the formulas of `torch.utils.flop_counter`, which lacks the CPU's attention."""
+    aten, packet = torch.ops.aten, func._overloadpacket
+    count: Any = flop_registry.get(packet)
+    shapes = [each.shape for each in args if isinstance(each, torch.Tensor)]
+    attention: Any = None
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu:
+        attention, shapes = sdpa_flop_count, shapes[:3]
+    elif packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        attention, shapes = sdpa_backward_flop_count, shapes[:4]
+    if attention is not None:
+        return Work(products=attention(*shapes))
+    if count is not None:
+        return Work(products=count(*args, **kwargs, out_val=result))
     if func.is_view:
         return Work()
     tensors = [each for each in tree_leaves((args, kwargs, result)) if isinstance(each, torch.Tensor)]
