@@ -112,7 +112,7 @@ def test_predictions_grow_as_they_must(config: Any) -> None:
     assert footprint(config, method="dpo").step > 1.5 * plain.step
     assert footprint(config, Machine("cpu", "nf4")).weights < plain.weights
     full = Adapter(kind="layers", layers=[0, 1])
-    assert footprint(config, adapter=full).state > 5 * plain.state
+    assert footprint(config, adapter=full).state > 4 * plain.state
     assert footprint(config, load=Load(4, 16)).micro_batch.products > 1.9 * plain.micro_batch.products
     wide = Load(2, 64)
     recomputed = footprint(config, gradient_checkpointing=True, load=wide).micro_batch.products
@@ -127,7 +127,9 @@ def test_moments_in_8_bits(config: Any) -> None:
     ]
     count = footprint(config, CUDA, adapter=full).parameters
     assert states[0] == pytest.approx(12 * count, rel=0.01)
-    assert states[1] == pytest.approx((6 + 8 / 256) * count, rel=0.01)
+    small = 4 * 64 * 32  # keys and values: their moments stay in float32
+    assert states[1] == pytest.approx(12 * small + (6 + 8 / 256) * (count - small), rel=0.01)
+    assert states[2] == states[1]  # too small for pages
     with pytest.raises(InvalidRequest, match="use adamw"):
         footprint(config, optimizer="adamw_8bit")
 
@@ -182,21 +184,19 @@ def test_the_text_is_a_recipe(
 
 
 def test_what_does_not_fit_is_changed(
-    capsys: pytest.CaptureFixture[str], rows: Path, tiny_base: Path
+    capsys: pytest.CaptureFixture[str], rows: Path, tiny_base: Path, config: Any
 ) -> None:
-    arguments = ("--data", str(rows), "--base", str(tiny_base), "--json", "--batch-size", "16")
-    found = json.loads(plan(capsys, *arguments))
-    assert found["changes"] == []
-    least = min(each["peak_bytes"] for each in found["predictions"])
-    found = json.loads(plan(capsys, *arguments, "--memory", str(int(0.6 * least))))
-    assert found["recipe"]["gradient_checkpointing"]
-    assert found["recipe"]["quantization"] == "nf4"
-    recipe = found["recipe"]
-    assert recipe["batch_size"] < 16
-    assert recipe["batch_size"] * recipe["accumulation"] == 16
-    assert not any(each["fits"] for each in found["predictions"] if each["way"] == "full")
-    found = json.loads(plan(capsys, *arguments, "--memory", "1K"))
+    arguments = ("--data", str(rows), "--base", str(tiny_base), "--json", "--batch-size")
+    found = json.loads(plan(capsys, *arguments, "1", "--memory", "1K"))
     assert "smaller base" in found["changes"][-1]
+    load = Load(2, found["data"]["percentiles"]["max"])
+    tuned = {"adapter": Adapter(rank=4), "gradient_checkpointing": True, "accumulation": 2}
+    memory = footprint(config, Machine("cpu", "nf4"), load, **tuned).total
+    found = json.loads(plan(capsys, *arguments, "4", "--memory", str(memory)))
+    recipe = found["recipe"]
+    assert recipe["gradient_checkpointing"]
+    assert (recipe["quantization"], recipe["batch_size"], recipe["accumulation"]) == ("nf4", 2, 2)
+    assert not any(each["fits"] for each in found["predictions"] if each["way"] == "full")
 
 
 def test_kinds_of_data_are_told_apart(
