@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import delete, select
@@ -79,12 +79,12 @@ def is_referenced(session: Session, digest: str) -> bool:
     return found.first() is not None
 
 
-def refuse_aliased(session: Session, name: str, version: int | None) -> None:
-    """Refuse when aliases point to the adapter, or when they stay at `version` of it."""
+def refuse_aliased(session: Session, name: str, version: int | None, blends: Sequence[str] = ()) -> None:
+    """Refuse when aliases point to the adapter or stay at `version` of it, or `blends` are made of it."""
     query = select(Name.name).where(Name.target == name)
     if version is not None:
         query = query.where(Name.target_version == version)
-    aliases = sorted(session.scalars(query))
+    aliases = sorted([*session.scalars(query), *blends])
     if aliases:
         raise Conflict(
             f"{'adapter' if version is None else f'version {version} of adapter'} {name!r} is the target of "

@@ -19,9 +19,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from veneer.adapters.merging import follow
+from veneer.adapters.methods.base import Base
 from veneer.adapters.names import split_key
 from veneer.adapters.packing import Layout, PackedAdapter, SharedFactors, pack, packed_size, shared_size
 from veneer.adapters.program import Program, Site
+from veneer.adapters.recipes import parse
 from veneer.adapters.slots import Place
 from veneer.errors import AdapterRefused, EngineUnavailable, NotFound, VeneerError
 
@@ -123,6 +126,7 @@ class Loader:
         host_budget: int,
         wake: Callable[[], None],
         load: Callable[[Path, int], Program],
+        base: Base,
     ) -> None:
         self.cache = HostCache(host_budget)
         self._blobs = blobs
@@ -131,6 +135,7 @@ class Loader:
         self._max_lora_rank = max_lora_rank
         self._wake = wake
         self._load = load
+        self._base = base
         self._staged: dict[str, Path] = {}  # where a checked adapter lies until the store commits it
         self._stream = torch.cuda.Stream(arena.device) if arena.is_cuda else None  # type: ignore[no-untyped-call]
         self._jobs: PriorityQueue[tuple[int, int, Callable[[], Any], Future[Any]]] = PriorityQueue()
@@ -141,8 +146,8 @@ class Loader:
 
     # ---- called from the step's thread: each returns at once -------------------------------------
 
-    def check(self, folder: Path, key: str) -> Future[Program]:
-        """Lower a folder, for the task of the key, and keep the result under the key."""
+    def check(self, folder: Path | None, key: str) -> Future[Program]:
+        """Lower a folder, for the task of the key, and keep the result under the key. None: what is stored."""
         return self._submit(READ, lambda: self._check(folder, key), Future())
 
     def read(self, key: str) -> Future[Layout]:
@@ -191,21 +196,32 @@ class Loader:
             with torch.no_grad():
                 _finish(future, work)
 
-    def _check(self, folder: Path, key: str) -> Program:
-        digest, task = split_key(key)
-        program = self._load(folder, task)
+    def _check(self, folder: Path | None, key: str) -> Program:
+        if folder is None:
+            program = self._program(key)
+        else:
+            digest, task = split_key(key)
+            program = self._load(folder, task)
         self.cache.put(key, self._pack(program, key))
-        self._staged[digest] = folder
+        if folder is not None:
+            self._staged[digest] = folder
         self.cache.trim()
         return program
 
     def _packed(self, key: str) -> PackedAdapter:
         packed = self.cache.get(key)
         if packed is None:
-            digest, task = split_key(key)
-            packed = self._pack(self._load(self._folder(digest), task), key)
-            packed = self.cache.put(key, packed)
+            packed = self.cache.put(key, self._pack(self._program(key), key))
         return packed
+
+    def _program(self, key: str) -> Program:
+        """An adapter of the store, or what a recipe makes of several."""
+        recipe = parse(key)
+        if recipe is None:
+            digest, task = split_key(key)
+            return self._load(self._folder(digest), task)
+        programs = [self._program(part.key) for part in recipe.parts]
+        return follow(recipe, programs, self._base, self._max_lora_rank, self._arena.numel())
 
     def _folder(self, digest: str) -> Path:
         stored = self._blobs / digest

@@ -66,6 +66,11 @@ class Weights:
         """Whether the output head is the embedding, so that what is taken out of one is missing in the other."""
         return self._is_tied or HEAD not in self.sites
 
+    def tensor(self, key: str) -> torch.Tensor | None:
+        """A tensor as it is stored, or None where there is none of this name."""
+        file = self._places.get(key)
+        return None if file is None else file.get_tensor(key)
+
     def dtype(self, site: str) -> str:
         """The dtype in the file. Raises InvalidRequest if the weight is quantized."""
         key = f"{site}.weight"
@@ -78,9 +83,9 @@ class Weights:
         return dtype
 
     def read(self, site: str) -> torch.Tensor:
-        """A weight [out, in] in float32."""
+        """A weight [out, in] in float32, in memory of its own."""
         key = f"{site}.weight"
-        weight: torch.Tensor = self._places[key].get_tensor(key).to(torch.float32)
+        weight: torch.Tensor = self._places[key].get_tensor(key).to(torch.float32, copy=True)
         if not weight.isfinite().all():
             raise InvalidRequest(f"{key} in {str(self._folder)!r} holds NaN or infinite values.")
         return weight

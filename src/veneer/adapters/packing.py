@@ -314,6 +314,11 @@ def _tensors(part: SiteProgram) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]
         yield TOKENS_OFFSET, (part.tokens.ids, part.tokens.rows)
 
 
+def check_site(part: SiteProgram, site: Site) -> None:
+    """Raise ValueError unless the program fits the site. For tensors that come from outside as they are."""
+    _check_shapes(part, site)
+
+
 def _check_shapes(part: SiteProgram, site: Site) -> None:
     """Kernels trust the tables: a wrong shape would read another adapter's memory."""
     of_weights = (part.rotate_in, part.scale_out, part.dense, part.sparse, part.tokens)

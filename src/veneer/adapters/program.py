@@ -255,6 +255,7 @@ class Program:
     tasks: int = 0  # how many the file has; this is one of them. 0: it knows no tasks
     span: Span | None = None  # it acts on the ends of a prompt alone
     tail: Mapping[str, SiteProgram] = field(default_factory=dict)  # at a prompt's last tokens instead
+    error: float | None = None  # of a blend that was cut to a rank: what was lost of its products, relative
 
     @property
     def reach(self) -> Reach:

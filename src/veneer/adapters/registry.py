@@ -41,6 +41,7 @@ from veneer.adapters.methods import (
     peanut,
     poly,
     prefix_tuning,
+    program,
     prompt_tuning,
     pvera,
     randlora,
@@ -93,6 +94,7 @@ METHODS: Mapping[str, Method] = {
     "PEANUT": peanut.lower,
     "POLY": poly.lower,
     "PREFIX_TUNING": prefix_tuning.lower,
+    "PROGRAM": program.lower,
     "PROMPT_TUNING": prompt_tuning.lower,
     "PVERA": pvera.lower,
     "P_TUNING": p_tuning.lower,
@@ -110,7 +112,12 @@ METHODS: Mapping[str, Method] = {
 
 # Those whose config has no `modules_to_save`; methods/whole_modules.py reads it for all others.
 KEEPING = frozenset(
-    {"BOTTLENECK", "TRAINABLE_TOKENS", *(kind for kind in METHODS if kind.startswith("ADAPTERHUB_"))}
+    {
+        "BOTTLENECK",
+        "PROGRAM",
+        "TRAINABLE_TOKENS",
+        *(kind for kind in METHODS if kind.startswith("ADAPTERHUB_")),
+    }
 )
 
 # What cannot be served exactly, and why. A kind in neither table is not known.

@@ -5,7 +5,8 @@ the loader's thread (loader.py), and `poll`, once per step, takes over what has 
 
     queued -> read to the host -> given a place, copied -> resident -> evicted, or dropped
 
-Adapters are told apart by their keys (names.py): each task of an adapter with tasks is one by itself here.
+Adapters are told apart by their keys (names.py, recipes.py): each task of an adapter with tasks is one by itself
+here, and so is each blend.
 
 Adapters are loaded in the order in which they were asked for. When the first one that is ready does not fit,
 those behind it wait too: otherwise a stream of small adapters could keep a large one out for ever.
@@ -25,10 +26,10 @@ import torch
 
 from veneer.adapters.loader import Loader
 from veneer.adapters.methods.base import Base
-from veneer.adapters.names import split_key
 from veneer.adapters.packing import AddedTokens, Layout
 from veneer.adapters.program import Program
 from veneer.adapters.reach import Reach
+from veneer.adapters.recipes import digests_of, is_blend
 from veneer.adapters.slots import Place, Slots
 from veneer.engine.messages import AdapterStats
 from veneer.errors import Conflict, EngineUnavailable, VeneerError
@@ -116,6 +117,7 @@ class Residency:
             host_budget=host_bytes,
             wake=wake,
             load=load,
+            base=base,
         )
 
     # ---- for the scheduler ----------------------------------------------------------------------
@@ -201,6 +203,10 @@ class Residency:
         """
         return self._loader.check(folder, key)
 
+    def inspect(self, key: str) -> Future[Program]:
+        """Make a stored adapter, or a blend of such, and keep it on the host. Fails with `VeneerError`s only."""
+        return self._loader.check(None, key)
+
     def drop(self, key: str) -> Future[None]:
         """Forget an adapter on device and host once nobody uses it; done when that has happened."""
         adapter = self._adapters.setdefault(key, _Adapter(key))
@@ -228,8 +234,8 @@ class Residency:
             self._adapters[key].pinned = False
 
     def keys(self, digest: str) -> list[str]:
-        """The keys of all tasks of an adapter of which anything is known, the first's among them."""
-        return [key for key in self.stats().keys() | {digest} if split_key(key)[0] == digest]
+        """The keys of all tasks and blends of an adapter of which anything is known, the first's among them."""
+        return [key for key in self.stats().keys() | {digest} if digest in digests_of(key)]
 
     def stats(self) -> dict[str, AdapterStats]:
         """Every adapter that is or was resident or asked for. `waiting` is for the scheduler to fill."""
@@ -370,13 +376,15 @@ class Residency:
         if adapter.drop is None:
             self._failures.append((adapter.key, error))
             if not adapter.loads and not adapter.pinned:
-                del self._adapters[adapter.key]
+                self._adapters.pop(adapter.key, None)
 
     def _evict(self, adapter: _Adapter) -> None:
         assert adapter.place is not None
         self._slots.clear(adapter.place)
         adapter.place = adapter.prompt = None
         del self._placed[adapter.key]
+        if is_blend(adapter.key) and adapter.drop is None:  # clients make up any number of them
+            del self._adapters[adapter.key]
 
     def _finish_drop(self, adapter: _Adapter) -> None:
         """Forget a dropped adapter, unless somebody uses it or a job of it is under way."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -26,8 +26,10 @@ from sqlalchemy import URL, Engine, inspect, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
-from veneer.adapters import catalog
+from veneer.adapters import catalog, saved_blends
 from veneer.adapters.names import check_name, is_name
+from veneer.adapters.recipes import Recipe
+from veneer.adapters.saved_blends import Blend, Ingredient
 from veneer.adapters.schema import (
     MAX_VERSION,
     AdapterVersion,
@@ -115,6 +117,7 @@ class AdapterStore:
                 )
             with self._sessions() as session:
                 catalog.refuse_alias(session.get(Name, name), name)
+                saved_blends.refuse(session, name)
             self._uploading.add(name)
         try:
             yield
@@ -145,6 +148,7 @@ class AdapterStore:
             placed = self._place(staging, digest, sizes)
             try:
                 with self._sessions.begin() as session:
+                    saved_blends.refuse(session, name)
                     return catalog.add_version(session, name, digest, sizes, details)
             except BaseException:
                 if placed:
@@ -205,6 +209,11 @@ class AdapterStore:
             raise catalog.unknown(name)
         return tuple(self._record(*row) for row in found)
 
+    def blends(self, name: str | None = None) -> tuple[Blend, ...]:
+        """The saved blends, or the one of that name."""
+        with self._sessions() as session:
+            return tuple(saved_blends.load(session, name))
+
     def list(self) -> tuple[AdapterVersion, ...]:
         """What each served name, adapters and aliases alike, selects now; sorted by served name."""
         with self._sessions() as session:
@@ -260,20 +269,31 @@ class AdapterStore:
                     f"{alias!r} is an adapter's name and cannot be an alias; choose another alias",
                     param="alias",
                 )
+            saved_blends.remove(session, alias)
             entry.target, entry.target_version = target, version
             session.add(entry)
             return self._record(selected, owner, entry)
 
     def remove_alias(self, alias: str) -> None:
-        """Remove an alias; the adapter stays. Raises `NotFound` when there is no such alias."""
+        """Remove an alias or a saved blend; adapters stay. Raises `NotFound` when there is none."""
         check_name(alias)
         with self.change(f"alias {alias!r}") as session:
             entry = session.get(Name, alias, with_for_update=True)
-            if entry is None or entry.target is None:
+            if entry is None or (not saved_blends.remove(session, alias) and entry.target is None):
                 raise NotFound(f"there is no alias {alias!r}", param="alias")
             entry.target = entry.target_version = None
             if not entry.last_version:  # it was never an adapter: no counter to keep
                 session.delete(entry)
+
+    def save_blend(self, name: str, ingredients: Sequence[Ingredient], made: Recipe) -> Blend:
+        """Save a blend under a name, in place of an alias or a blend that has it; durable on return.
+
+        Raises `Conflict` when it is an adapter's name, `NotFound` when a version is gone.
+        """
+        check_name(name)
+        with self.change(f"the blend {name!r}") as session:
+            saved_blends.put(session, name, ingredients, made)
+            return saved_blends.load(session, name)[0]
 
     def rollback(self, name: str, version: int | None = None) -> AdapterVersion:
         """Point a name to `version`, or to where it pointed before its last move (again and again).
@@ -323,7 +343,7 @@ class AdapterStore:
                     f"roll back to another version first, or delete the whole adapter",
                     param="version",
                 )
-            catalog.refuse_aliased(session, name, version)
+            catalog.refuse_aliased(session, name, version, saved_blends.of_versions(session, name, version))
             return catalog.delete_versions(session, owner, version)
 
     def finish_delete(self, digests: Iterable[str]) -> None:

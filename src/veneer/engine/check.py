@@ -9,11 +9,31 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
+import msgspec
+
 from veneer.adapters.names import adapter_key
 from veneer.adapters.program import EMBEDDING, Program
 from veneer.engine.messages import AdapterInfo, CheckAdapter, Generate
 from veneer.engine.probe import EffectProbe, ending_of, why_ineffective
 from veneer.errors import AdapterRefused
+
+
+def describe(program: Program, item_bytes: int, vocabulary: int) -> AdapterInfo:
+    """What is told of a program, with numbers of `item_bytes` each on the device."""
+    return AdapterInfo(
+        kind=program.kind,
+        primitives=list(program.primitives),
+        rank=program.rank,
+        sites=len(program.sites),
+        bytes=program.num_bytes(item_bytes),
+        portability=program.portability,
+        tasks=program.tasks,
+        added_tokens=program.added_tokens(EMBEDDING, vocabulary),
+        virtual_tokens=0 if program.prompt is None else program.prompt.tokens,
+        base_model=program.base_model,
+        error=program.error,
+        warnings=list(program.warnings),
+    )
 
 
 class AdapterCheck:
@@ -49,21 +69,10 @@ class AdapterCheck:
         """What was found out, with numbers of `item_bytes` each on the device."""
         assert self._first is not None
         program = self._first
+        info = describe(program, item_bytes, self._vocabulary)
         found = [f"task {task}: {why}" if program.tasks else why for task, why in self._ineffective.items()]
-        return AdapterInfo(
-            kind=program.kind,
-            primitives=list(program.primitives),
-            rank=program.rank,
-            sites=len(program.sites),
-            bytes=program.num_bytes(item_bytes),
-            portability=program.portability,
-            tasks=program.tasks,
-            added_tokens=program.added_tokens(EMBEDDING, self._vocabulary),
-            virtual_tokens=0 if program.prompt is None else program.prompt.tokens,
-            base_model=program.base_model,
-            effect=max(self._effects),
-            warnings=[*program.warnings, *found],
-        )
+        warnings = [*info.warnings, *found]
+        return msgspec.structs.replace(info, effect=max(self._effects), warnings=warnings)
 
     def _begin(self) -> None:
         """Have the next task lowered."""

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, Self
 
@@ -29,11 +29,15 @@ from veneer.engine.messages import (
     AdapterInfo,
     Cancel,
     CheckAdapter,
+    CheckBlend,
     Done,
     DropAdapter,
     EngineInfo,
     Generate,
     JobReport,
+    MergeAdapters,
+    Merged,
+    MergeProgress,
     Outputs,
     PinAdapter,
     Ready,
@@ -50,6 +54,8 @@ from veneer.errors import DeadlineExceeded, EngineUnavailable, VeneerError, from
 
 log = logging.getLogger(__name__)
 
+Call = CheckAdapter | CheckBlend | MergeAdapters | DropAdapter | PinAdapter
+Answer = AdapterChecked | Merged | Done
 State = Literal["starting", "ready", "draining", "dead"]
 
 DEADLINE_GRACE = 2.0  # seconds the engine may be late in reporting an expired deadline
@@ -180,7 +186,8 @@ class EngineClient:
         self._restart = restart
         self._ids = itertools.count()
         self._sequences: dict[str, tuple[Generation, int]] = {}
-        self._calls: dict[str, asyncio.Future[AdapterChecked | Done]] = {}
+        self._calls: dict[str, asyncio.Future[Answer]] = {}
+        self._progress: dict[str, Callable[[int, int], None]] = {}  # by call
         self._pinned: set[str] = set()  # a restarted engine is told again
         self._jobs: set[str] = set()  # started and not over
         self.job_listener: JobListener | None = None
@@ -272,6 +279,29 @@ class EngineClient:
         assert reply.info is not None
         return reply.info
 
+    async def check_blend(self, key: str) -> AdapterInfo:
+        """Put stored adapters together as a key of adapters/recipes.py says. Raises InvalidRequest."""
+        reply = await self._call(CheckBlend(call=self._call_id(), key=key))
+        assert isinstance(reply, AdapterChecked)
+        assert reply.info is not None
+        return reply.info
+
+    async def merge_adapters(
+        self, key: str, folder: str, *, keep_rows: bool, progress: Callable[[int, int], None]
+    ) -> Merged:
+        """Write what a recipe makes of stored adapters into a folder. `progress` gets sites done, and of how many.
+
+        Raises InvalidRequest, or EngineUnavailable when the engine dies meanwhile.
+        """
+        call = self._call_id()
+        self._progress[call] = progress
+        try:
+            reply = await self._call(MergeAdapters(call, key, folder, keep_rows))
+        finally:
+            del self._progress[call]
+        assert isinstance(reply, Merged)
+        return reply
+
     async def drop_adapter(self, digest: str) -> None:
         """Forget the adapter with all its tasks; returns once no sequence uses it."""
         self._pinned = {key for key in self._pinned if split_key(key)[0] != digest}
@@ -304,10 +334,10 @@ class EngineClient:
     def _call_id(self) -> str:
         return f"c{next(self._ids)}"
 
-    async def _call(self, message: CheckAdapter | DropAdapter | PinAdapter) -> AdapterChecked | Done:
+    async def _call(self, message: Call) -> Answer:
         if self.info is None:  # while draining, calls still work
             self.require_ready()
-        future: asyncio.Future[AdapterChecked | Done] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._calls[message.call] = future
         try:
             self._send(message)
@@ -355,7 +385,10 @@ class EngineClient:
                         generation._inbox.put_nowait((position, item))
             case Stats():
                 self.stats = message
-            case AdapterChecked() | Done():
+            case MergeProgress():
+                if progress := self._progress.get(message.call):
+                    progress(message.done, message.total)
+            case AdapterChecked() | Merged() | Done():
                 future = self._calls.get(message.call)
                 if future and not future.done():
                     future.set_result(message)

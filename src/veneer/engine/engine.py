@@ -23,12 +23,14 @@ import torch
 from veneer.adapters.methods.base import Limits
 from veneer.adapters.names import split_key
 from veneer.adapters.program import Program
+from veneer.adapters.recipes import digests_of, is_blend
 from veneer.adapters.registry import lower
 from veneer.adapters.residency import Residency
 from veneer.engine import messages
 from veneer.engine.base import Base, load_base, resolve_device, resolve_dtype, resolve_nf4_kernels
-from veneer.engine.check import AdapterCheck
+from veneer.engine.check import AdapterCheck, describe
 from veneer.engine.config import GIB, EngineConfig
+from veneer.engine.merger import Merger
 from veneer.engine.messages import AdapterChecked, Done, SequenceOutput, TokenLogprobs, WireError
 from veneer.engine.pages import PagePool
 from veneer.engine.probe import EffectProbe
@@ -119,12 +121,15 @@ class Engine:
         self._busy_at = time.monotonic()
         self._probe = EffectProbe(self.base.model.config.vocab_size)
         self._checks: dict[str, AdapterCheck] = {}  # by call
+        self._blends: dict[str, Future[Program]] = {}  # by call
+        self._merger = Merger(self.base, Path(config.store) / "blobs", config.max_lora_rank, wake)
         self._drops: dict[str, list[Future[None]]] = {}  # call -> the drops of its tasks
 
     def close(self) -> None:
         if self._ahead is not None:
             self._ahead.results()  # nothing that the device still uses may be freed
             self._ahead = None
+        self._merger.close()
         self.residency.close()
 
     # ---- messages -------------------------------------------------------------------------------
@@ -140,6 +145,10 @@ class Engine:
                     self.scheduler.cancel(identifier)
                 case messages.CheckAdapter(call=call):
                     self._checks[call] = AdapterCheck(request, self._probe, self.residency.check)
+                case messages.CheckBlend(call=call, key=key):
+                    self._blends[call] = self.residency.inspect(key)
+                case messages.MergeAdapters():
+                    self._merger.submit(request)
                 case messages.DropAdapter(call=call, digest=digest):
                     self.pool.forget(digest)
                     self._drops[call] = [self.residency.drop(key) for key in self.residency.keys(digest)]
@@ -281,8 +290,8 @@ class Engine:
     # ---- adapters -------------------------------------------------------------------------------
 
     def _finished_calls(self) -> list[messages.Reply]:
-        """Answers to checks and drops that ended since the last step."""
-        replies: list[messages.Reply] = []
+        """Answers to checks, merges and drops that ended since the last step."""
+        replies: list[messages.Reply] = list(self._merger.reports())
         for call, check in list(self._checks.items()):
             try:
                 for request in check.advance():
@@ -294,11 +303,23 @@ class Engine:
                 self._probe.discard(call)
                 replies.append(AdapterChecked(call=call, error=to_wire(error)))
                 del self._checks[call]
+        for call, blend in list(self._blends.items()):
+            if blend.done():
+                replies.append(self._blend_checked(call, blend))
+                del self._blends[call]
         for call, drops in list(self._drops.items()):
             if all(drop.done() for drop in drops):
                 replies.append(Done(call=call))
                 del self._drops[call]
         return replies
+
+    def _blend_checked(self, call: str, blend: Future[Program]) -> AdapterChecked:
+        try:
+            program = blend.result()
+        except VeneerError as error:
+            return AdapterChecked(call=call, error=to_wire(error))
+        vocabulary = self.base.config.vocab_size
+        return AdapterChecked(call=call, info=describe(program, self.base.dtype.itemsize, vocabulary))
 
     # ---- sizes ----------------------------------------------------------------------------------
 
@@ -358,7 +379,12 @@ class Engine:
             adapters[key] = msgspec.structs.replace(entry, running=running, waiting=waiting)
         for key in list(adapters):
             digest, task = split_key(key)
-            if task:
+            if is_blend(key):  # its requests are of all its parts; the rest is its own
+                known = adapters.pop(key)
+                use = messages.AdapterStats(running=known.running, waiting=known.waiting)
+                for digest in digests_of(key):
+                    adapters[digest] = adapters.get(digest, messages.AdapterStats()) + use
+            elif task:
                 adapters[digest] = adapters.get(digest, messages.AdapterStats()) + adapters.pop(key)
         return messages.Stats(
             running=len(scheduler.running),
@@ -387,7 +413,7 @@ def _refusal(request: messages.Request, error: VeneerError) -> messages.Reply:
     match request:
         case messages.Generate(id=identifier):
             return messages.Outputs([SequenceOutput(id=identifier, error=wire)])
-        case messages.CheckAdapter(call=call):
+        case messages.CheckAdapter(call=call) | messages.CheckBlend(call=call):
             return AdapterChecked(call=call, error=wire)
         case messages.DropAdapter(call=call) | messages.PinAdapter(call=call):
             return Done(call=call, error=wire)

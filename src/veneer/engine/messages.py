@@ -61,6 +61,25 @@ class CheckAdapter(msgspec.Struct, frozen=True, tag=True):
     allow_ineffective: bool = False
 
 
+class CheckBlend(msgspec.Struct, frozen=True, tag=True):
+    """Put stored adapters together as the key says, and keep the result. Answered by `AdapterChecked`."""
+
+    call: str
+    key: str  # of adapters/recipes.py
+
+
+class MergeAdapters(msgspec.Struct, frozen=True, tag=True):
+    """Write what a recipe makes of stored adapters into an empty folder, as an adapter's two files.
+
+    Answered by `MergeProgress`, then `Merged`. Merges run one after the other, beside the steps.
+    """
+
+    call: str
+    key: str  # of adapters/recipes.py
+    folder: str
+    keep_rows: bool = False  # of products: without it, directions that are noise are left out
+
+
 class DropAdapter(msgspec.Struct, frozen=True, tag=True):
     """Forget an adapter with all its tasks on host and device once no sequence uses it. Answered by `Done`."""
 
@@ -102,7 +121,18 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """End the engine process now. The server drains first."""
 
 
-Request = Generate | Cancel | CheckAdapter | DropAdapter | PinAdapter | StartJob | StopJob | Shutdown
+Request = (
+    Generate
+    | Cancel
+    | CheckAdapter
+    | CheckBlend
+    | MergeAdapters
+    | DropAdapter
+    | PinAdapter
+    | StartJob
+    | StopJob
+    | Shutdown
+)
 
 
 # ---- engine -> HTTP -------------------------------------------------------------------------------
@@ -197,12 +227,30 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     virtual_tokens: int = 0  # in front of each prompt: they take positions and KV cache
     base_model: str = ""  # what the config calls its base
     effect: float | None = None  # largest change of a log probability of the probe prompt
+    error: float | None = (
+        None  # of a blend that was cut to a rank: what its products lost, relative (Frobenius)
+    )
     warnings: list[str] = []
 
 
 class AdapterChecked(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     call: str
     info: AdapterInfo | None = None
+    error: WireError | None = None
+
+
+class MergeProgress(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    call: str
+    done: int  # sites
+    total: int
+
+
+class Merged(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The files are written, unless there is an error."""
+
+    call: str
+    distance: float | None = None  # from the exact sum of the weighted changes, relative (Frobenius)
+    warnings: list[str] = []
     error: WireError | None = None
 
 
@@ -274,7 +322,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     host_adapter_bytes: int
 
 
-Reply = Ready | Outputs | AdapterChecked | Done | JobReport | Stats
+Reply = Ready | Outputs | AdapterChecked | MergeProgress | Merged | Done | JobReport | Stats
 
 request_decoder = msgspec.msgpack.Decoder(Request)
 reply_decoder = msgspec.msgpack.Decoder(Reply)

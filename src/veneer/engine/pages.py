@@ -20,7 +20,7 @@ from array import array
 from collections import OrderedDict
 from hashlib import blake2b
 
-from veneer.adapters.names import split_key
+from veneer.adapters.recipes import digests_of
 from veneer.engine.sequence import Sequence
 
 
@@ -111,9 +111,9 @@ class PagePool:
                 self._cached[page] = key, sequence.adapter if acts else None
 
     def forget(self, digest: str) -> None:
-        """Drop everything cached for a deleted adapter. Sequences that use such pages keep them."""
+        """Drop everything cached for a deleted adapter and its blends. Sequences that use such pages keep them."""
         for page, (_, owner) in list(self._cached.items()):
-            if owner is None or split_key(owner)[0] != digest:
+            if owner is None or digest not in digests_of(owner):
                 continue
             self._uncache(page)
             if page in self._idle:

@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
-from veneer.adapters.schema import AdapterVersion
+from veneer.adapters.saved_blends import Blend, Served
 from veneer.errors import AdapterRefused, InvalidRequest
 from veneer.server.safe_tokenizer import load_tokenizer
 from veneer.server.sandbox import Sandbox, SandboxedTemplate
@@ -43,10 +43,23 @@ class Text:
     end_tokens: tuple[int, ...] = ()  # that end a sequence, beside those of the base
     tokenizer_bytes: int = 0  # of the file of a tokenizer that is not the base's
 
+    def is_like(self, other: Text) -> bool:
+        """Whether requests are read and written with both in the same way."""
+        return (
+            self.tokenizer is other.tokenizer
+            and _source(self.template) == _source(other.template)
+            and self.special_tokens == other.special_tokens
+            and set(self.end_tokens) == set(other.end_tokens)
+        )
+
     @property
     def is_slow(self) -> bool:
         """Whether rendering may take seconds, so that it must not happen on the event loop."""
         return isinstance(self.template, SandboxedTemplate)
+
+
+def _source(template: ChatTemplate | SandboxedTemplate | None) -> str | None:
+    return None if template is None else template.source
 
 
 def base_text(folder: Path) -> Text:
@@ -81,8 +94,10 @@ class AdapterTexts:
         """Do work that may take long without keeping other threads from theirs."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    async def of(self, adapter: AdapterVersion | None) -> Text:
-        """What requests for an adapter are read and written with."""
+    async def of(self, adapter: Served | None) -> Text:
+        """What requests for an adapter are read and written with. Raises InvalidRequest for a blend of several."""
+        if isinstance(adapter, Blend):
+            return self._common(adapter, [await self.of(each) for each in adapter.adapters])
         if adapter is None or not adapter.text_files:
             return self.base
         digest = adapter.digest
@@ -92,6 +107,18 @@ class AdapterTexts:
         with suppress(KeyError):  # it was put out this moment
             self._texts.move_to_end(digest)
         return known
+
+    def _common(self, blend: Blend, texts: Sequence[Text]) -> Text:
+        """The text side of all parts of a blend; a request is read in one way."""
+        first = texts[0]
+        for adapter, text in zip(blend.adapters, texts, strict=True):
+            if not first.is_like(text):
+                raise InvalidRequest(
+                    f"{blend.adapters[0].name!r} and {adapter.name!r} are read with different tokenizers, chat "
+                    "templates or end tokens, so a blend of them has none. Upload one of them without these files.",
+                    param="adapters",
+                )
+        return first
 
     def read(self, folder: Path) -> Text:
         """The text side of the adapter in `folder`. Blocks. Raises AdapterRefused for what cannot be used."""

@@ -7,7 +7,10 @@
     DELETE /v1/adapters/NAME[@VERSION]   200 when the files are gone, 202 while requests still run
     POST   /v1/adapters/NAME/pin         keep it on the device; /unpin the opposite
     POST   /v1/adapters/NAME/rollback    {"version": 2}, or where the name pointed before
-    PUT    /v1/aliases/ALIAS             {"target": "NAME"} follows, {"target": "NAME@3"} stays
+    GET    /v1/adapters/NAME[@VERSION]/files/FILE     one of its files, as it was stored
+    PUT    /v1/aliases/ALIAS             {"target": "NAME"} follows, {"target": "NAME@3"} stays;
+                                         {"adapters": [{"id", "weight"}]} saves a blend of versions
+    GET    /v1/aliases/ALIAS             what it stands for
     DELETE /v1/aliases/ALIAS
 
 Names may contain slashes.
@@ -16,18 +19,22 @@ Names may contain slashes.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import defaultdict
-from collections.abc import Iterable
-from typing import Annotated, Any
+from collections.abc import Iterable, Iterator
+from typing import IO, Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Body, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import StreamingResponse
 
-from veneer.adapters.names import Selector, parse_selector
+from veneer.adapters.names import FILES, Selector, parse_selector
+from veneer.adapters.saved_blends import Blend, digests_of
 from veneer.adapters.schema import AdapterVersion
 from veneer.engine.messages import AdapterStats
 from veneer.errors import EngineUnavailable, InvalidRequest, NotFound, VeneerError
+from veneer.server.blend_wire import MergedAdapters, Mixture, Rank, WeightedAdapters, make_blend
 from veneer.server.publish import delete, follow_pins, publish, refuse_reserved_name, sync_pins
 from veneer.server.state import ServerState, state_of
 from veneer.server.upload import read_upload
@@ -42,7 +49,10 @@ class RollbackBody(BaseModel):
 
 class AliasBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    target: str
+    target: str | None = None
+    adapters: WeightedAdapters | None = None
+    max_rank: Rank | None = None
+    merged_adapters: MergedAdapters | None = None
 
 
 @router.post("/v1/adapters")
@@ -68,6 +78,26 @@ async def list_adapters(request: Request) -> Response:
     aliases = _aliases(records)
     data = [adapter_object(state, record, aliases[record.name]) for record in records if record.alias is None]
     return _answer({"object": "list", "data": data})
+
+
+@router.get("/v1/adapters/{name:path}/files/{filename}")
+async def get_file(request: Request, name: str, filename: str) -> Response:
+    state = state_of(request)
+    record = await asyncio.to_thread(state.store.resolve, *_selector(state, name))
+    if filename not in (*FILES, *record.text_files):
+        have = ", ".join((*FILES, *record.text_files))
+        raise NotFound(
+            f"{record.name}@{record.version} has no file {filename[:200]!r}; it has {have}", param="file"
+        )
+    try:  # open, it can be read to its end whatever is deleted meanwhile
+        file = await asyncio.to_thread((state.store.blob(record.digest) / filename).open, "rb")
+    except FileNotFoundError:
+        raise NotFound(f"{record.name}@{record.version} was deleted this moment", param="model") from None
+    headers = {
+        "content-length": str(os.fstat(file.fileno()).st_size),
+        "x-veneer-adapter-digest": record.digest,
+    }
+    return StreamingResponse(_chunks(file), headers=headers, media_type="application/octet-stream")
 
 
 @router.get("/v1/adapters/{name:path}")
@@ -111,12 +141,72 @@ async def rollback_adapter(
 async def put_alias(request: Request, alias: str, body: AliasBody) -> Response:
     state = state_of(request)
     refuse_reserved_name(state, alias)
+    mixture = Mixture(body.adapters, body.merged_adapters, body.max_rank)
+    if (body.target is None) == mixture.is_empty:
+        raise InvalidRequest("an alias has either a target or adapters", param="target")
+    if body.target is None:
+        return await _save_blend(state, alias, mixture)
     target = _selector(state, body.target)
     record = await asyncio.to_thread(state.store.alias, alias, target.name, target.version)
-    pointed = target.name if target.version is None else f"{target.name}@{target.version}"
-    return _answer(
-        {"id": alias, "object": "alias", "target": pointed, "adapter": adapter_object(state, record)}
-    )
+    return _answer(_alias_object(state, record))
+
+
+def _alias_object(state: ServerState, record: AdapterVersion) -> dict[str, Any]:
+    alias = record.alias
+    assert alias is not None
+    pointed = alias.target if alias.version is None else f"{alias.target}@{alias.version}"
+    return {"id": alias.name, "object": "alias", "target": pointed, "adapter": adapter_object(state, record)}
+
+
+async def _save_blend(state: ServerState, name: str, mixture: Mixture) -> Response:
+    """Save a blend that the engine has made once, so that it can be served."""
+    require_engine(state)
+    blend = make_blend(state.store, state.served_name, mixture)
+    if blend is None:
+        raise InvalidRequest("the weights leave nothing: that is the base", param="adapters")
+    with state.in_flight.hold(*digests_of(blend)):
+        await state.texts.of(blend)
+        await state.blends.of(blend)
+        saved = await asyncio.to_thread(state.store.save_blend, name, blend.ingredients, blend.recipe)
+        return _answer(await _blend_object(state, saved))
+
+
+async def _blend_object(state: ServerState, blend: Blend) -> dict[str, Any]:
+    """A saved blend as clients see it."""
+    made, info = blend.recipe, await state.blends.of(blend)
+    return {
+        "id": blend.name,
+        "object": "blend",
+        "created_at": blend.created_at,
+        "adapters": [
+            {
+                "id": f"{each.adapter.name}@{each.adapter.version}",
+                "weight": each.weight,
+                "task_id": each.task if each.adapter.tasks else None,
+            }
+            for each in blend.ingredients
+        ],
+        "method": made.method,
+        "density": made.density,
+        "majority_sign_method": made.sign,
+        "max_rank": made.rank,
+        "rank": blend.details.get("rank") if info is None else info.rank,
+        "error": None if info is None else info.error,
+        "bytes": blend.details.get("bytes") if info is None else info.bytes,
+        "portability": blend.details.get("portability") if info is None else info.portability,
+    }
+
+
+@router.get("/v1/aliases/{alias:path}")
+async def get_alias(request: Request, alias: str) -> Response:
+    state = state_of(request)
+    for blend in await asyncio.to_thread(state.store.blends, alias):
+        with state.in_flight.hold(*digests_of(blend)):
+            return _answer(await _blend_object(state, blend))
+    record = await asyncio.to_thread(state.store.resolve, *_selector(state, alias))
+    if record.alias is None:
+        raise NotFound(f"{alias!r} is an adapter and no alias; see /v1/adapters/{alias}", param="alias")
+    return _answer(_alias_object(state, record))
 
 
 @router.delete("/v1/aliases/{alias:path}")
@@ -177,6 +267,8 @@ def adapter_object(
         "evictions": stats.evictions,
         "warnings": details.get("warnings", []),
     }
+    if "recipe" in details:  # of a merge
+        described |= {"recipe": details["recipe"], "distance": details.get("distance")}
     if record.damage is not None:
         described["damage"] = record.damage
     if aliases is not None:
@@ -245,6 +337,12 @@ def _name_only(state: ServerState, text: str) -> str:
             f"{text!r} names a version; this acts on the name: leave out '@{selector.version}'", param="name"
         )
     return selector.name
+
+
+def _chunks(file: IO[bytes]) -> Iterator[bytes]:
+    with file:
+        while chunk := file.read(1 << 20):
+            yield chunk
 
 
 def _answer(body: dict[str, Any], status: int = 200) -> Response:

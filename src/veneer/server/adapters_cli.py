@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, cast
@@ -17,12 +18,14 @@ from tqdm import tqdm
 from veneer.adapters.names import (
     ADAPTERHUB_WEIGHTS,
     CONFIG_FILE,
+    FILES,
     HEAD_ADVICE,
     HEAD_FILES,
     TEXT_FILES,
     WANTED,
     WEIGHTS_FILE,
 )
+from veneer.adapters.staging import Staging
 from veneer.errors import InvalidRequest, VeneerError, from_wire
 
 ARROW_ROUTER = "arrow_router"  # the folder in which PEFT saves one, beside its experts
@@ -225,6 +228,36 @@ def _show(client: httpx.Client, arguments: argparse.Namespace) -> None:
         print(f"version {each['version']}  {each['digest'][:12]}  {mark}".rstrip())
 
 
+def _export(client: httpx.Client, arguments: argparse.Namespace) -> None:
+    """The files of one version, complete and with the digest that it has, or nothing."""
+    output = arguments.output
+    if output.exists():
+        raise InvalidRequest(f"{output} exists and is not overwritten; name a new folder")
+    shown = _call(client, "GET", _path(arguments.name))
+    version = f"{shown['id']}@{shown['version']}"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
+        folder = Path(temporary) / "files"
+        folder.mkdir()
+        for filename in (*FILES, *shown["text_files"]):
+            _download(client, f"{_path(version)}/files/{filename}", folder / filename)
+        if (digest := Staging(folder).digest()) != shown["digest"]:
+            raise VeneerError(
+                f"{version} arrived with digest {digest} instead of {shown['digest']}; try again"
+            )
+        folder.rename(output)
+    print(f"{output}: {version}, {shown['kind']}")
+
+
+def _download(client: httpx.Client, path: str, target: Path) -> None:
+    with client.stream("GET", path) as response, target.open("xb") as file:
+        if not response.is_success:
+            response.read()
+            answer_of(response)
+        for piece in response.iter_bytes():
+            file.write(piece)
+
+
 def _remove(client: httpx.Client, arguments: argparse.Namespace) -> None:
     answer = _call(client, "DELETE", _path(arguments.name))
     print(f"{arguments.name} deleted" if answer["deleted"] else f"{arguments.name} is being drained")
@@ -281,6 +314,7 @@ def answer_of(response: httpx.Response) -> dict[str, Any]:
 
 _ACTIONS: dict[str, Callable[[httpx.Client, argparse.Namespace], None]] = {
     "push": _push,
+    "export": _export,
     "list": _list,
     "show": _show,
     "rm": _remove,

@@ -1,4 +1,4 @@
-"""The `veneer` command: `serve`, `prepare`, `train`, `plan`, `eval`, `adapters` and `conformance`.
+"""The `veneer` command: `serve`, `prepare`, `train`, `plan`, `eval`, `adapters`, `merge` and `conformance`.
 
 Flags have vLLM's names where vLLM has the flag. This module parses and dispatches, nothing more. Each
 subcommand imports what it needs when it runs: `veneer --help` is fast, and the server imports no torch.
@@ -119,6 +119,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_adapters(
         commands.add_parser("adapters", help="manage the adapters of a running server, or convert one")
+    )
+    _add_merge(
+        commands.add_parser("merge", help="make one adapter of several, or put them into a base's weights")
     )
     _add_conformance(
         commands.add_parser("conformance", help="compare every kind of adapter with its own library")
@@ -384,6 +387,8 @@ def _add_adapters(parser: argparse.ArgumentParser) -> None:
         "--allow-ineffective", action="store_true", help="take it also if it does not change the output"
     )
     action("list", "list adapters")
+    export = action("export", "write the files of an adapter into a new folder, as PEFT loads them", "name")
+    export.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
     action("show", "show everything about an adapter, or one version of it as name@version", "name")
     action("rm", "delete an adapter with all its versions", "name")
     alias = action("alias", "point an alias at a name or name@version", "alias", optional="target")
@@ -424,6 +429,28 @@ def _add_adapters(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, required=True, metavar="OUT", help="a new folder; nothing is overwritten"
     )
     convert.set_defaults(run=_convert)
+
+
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "On a running server, NAME becomes a new adapter out of several of its own. With --into-base, the adapters "
+        "are folders, and the result is a checkpoint of the base with their changes in it; needs no server."
+    )
+    parser.add_argument("adapters", nargs="+", metavar="ADAPTER[=WEIGHT]", help="weights are 1 unless told")
+    parser.add_argument("--name", help="what the new adapter is called")
+    parser.add_argument("--method", default="linear", help="docs/blends.md lists them (%(default)s)")
+    parser.add_argument("--density", type=float, help="of the entries of each change, how many stay")
+    parser.add_argument("--majority-sign-method", choices=("total", "frequency"))
+    parser.add_argument("--seed", type=int, help="of methods that draw entries")
+    parser.add_argument("--rank", type=positive, help="of methods that end in svd")
+    parser.add_argument("--allow-ineffective", action="store_true", help="take it also if it changes nothing")
+    parser.add_argument(
+        "--url", default=os.environ.get("VENEER_URL", DEFAULT_URL), help="the server (%(default)s)"
+    )
+    parser.add_argument("--api-key", help="key of the server (also VENEER_ADMIN_API_KEY or VENEER_API_KEY)")
+    parser.add_argument("--into-base", metavar="MODEL", help="folder or hub id of the unquantized weights")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="with --into-base: a new folder")
+    parser.set_defaults(run=_merge)
 
 
 def _add_conformance(parser: argparse.ArgumentParser) -> None:
@@ -484,6 +511,12 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 def _adapters(arguments: argparse.Namespace) -> int:
     from veneer.server.adapters_cli import run
+
+    return run(arguments)
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from veneer.server.merge_cli import run
 
     return run(arguments)
 

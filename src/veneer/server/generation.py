@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
 from veneer.adapters.names import Base, adapter_key, parse_selector
-from veneer.adapters.schema import AdapterVersion
+from veneer.adapters.saved_blends import Blend, Served
 from veneer.engine.client import Generation, NewSequence
-from veneer.engine.messages import EngineInfo, SamplingParams, SequenceOutput, TokenLogprobs
-from veneer.errors import InvalidRequest
+from veneer.engine.messages import AdapterInfo, EngineInfo, SamplingParams, SequenceOutput, TokenLogprobs
+from veneer.errors import InvalidRequest, NotFound
 from veneer.server.adapter_text import Text
+from veneer.server.blend_wire import Mixture, make_blend
 from veneer.server.state import ServerState
 from veneer.server.text import Entry, TextStream
 from veneer.server.wire import ChatRequest, CompletionRequest, GenerationRequest
@@ -50,10 +51,12 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    blend: AdapterInfo | None = None  # of several adapters
 
     def wire(self) -> dict[str, Any]:
-        """OpenAI's `CompletionUsage`."""
-        return {
+        """OpenAI's `CompletionUsage`; for a blend with its rank, and what a `max_rank` cost."""
+        blend = {} if self.blend is None else {"blend": {"rank": self.blend.rank, "error": self.blend.error}}
+        return blend | {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
@@ -61,23 +64,41 @@ class Usage:
         }
 
 
-def select_adapter(state: ServerState, model: str) -> AdapterVersion | None:
-    """The adapter version that a request's `model` means now; None for the base. Raises NotFound."""
+def select_adapter(state: ServerState, model: str, mixture: Mixture = Mixture()) -> Served | None:  # noqa: B008
+    """The adapter version or blend that a request means now; None for the base. Raises NotFound, InvalidRequest."""
     selected = parse_selector(model, state.served_name)
-    return None if isinstance(selected, Base) else state.store.resolve(selected.name, selected.version)
+    if not mixture.is_empty:
+        if not isinstance(selected, Base):
+            rule = f"model={model!r} is an adapter; with several it must be the base, {state.served_name!r}"
+            raise InvalidRequest(f"{rule}, and all are named among the others.", param="model")
+        return make_blend(state.store, state.served_name, mixture)
+    if isinstance(selected, Base):
+        return None
+    try:
+        return state.store.resolve(selected.name, selected.version)
+    except NotFound:
+        saved = state.store.blends(selected.name) if selected.version is None else ()
+        if not saved:
+            raise
+        return saved[0]
 
 
-def vocabulary_of(info: EngineInfo, adapter: AdapterVersion | None) -> int:
+def vocabulary_of(info: EngineInfo, adapter: Served | None) -> int:
     """How many token ids there are rows for: the base's, and those that the adapter adds."""
     return info.vocab_size + (int(adapter.details.get("added_tokens", 0)) if adapter else 0)
 
 
-def select_task(adapter: AdapterVersion | None, task_id: int | None) -> str | None:
+def select_task(adapter: Served | None, task_id: int | None) -> str | None:
     """The key of what a request runs with, for `EngineClient.submit`; None for the base.
 
     The task must be named when there are several: each has its own answers, so none is a default. Raises
     InvalidRequest.
     """
+    if isinstance(adapter, Blend):
+        if task_id is not None:
+            message = f"task_id={task_id}: with several adapters it belongs to an entry of adapters."
+            raise InvalidRequest(message, param="task_id")
+        return adapter.key
     tasks = adapter.tasks if adapter else 0
     if task_id is None and tasks > 1:
         assert adapter is not None
@@ -204,10 +225,11 @@ class Run:
         prompts: list[list[int]],
         *,
         text: Text,
-        adapter: AdapterVersion | None,
+        adapter: Served | None,
         param: str,
         logprobs: int | None,
         received: float,
+        blend: AdapterInfo | None = None,
     ) -> None:
         info = state.engine.require_ready()
         seed = secrets.randbits(63) if body.seed is None else body.seed
@@ -234,7 +256,7 @@ class Run:
                 self._sequences.append(NewSequence(prompt, sampling))
         self._choices = [_Choice(self._text_stream(prompt)) for prompt, _ in self._sequences]
         self._first_token_seen = False
-        self.usage = Usage(prompt_tokens=sum(map(len, prompts)))
+        self.usage = Usage(prompt_tokens=sum(map(len, prompts)), blend=blend)
         limits = [limit for limit in (body.timeout, state.config.request_timeout) if limit is not None]
         self._deadline = min(limits, default=None)
         self._stack = ExitStack()

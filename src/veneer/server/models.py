@@ -1,4 +1,4 @@
-"""`/v1/models`: the base first, then every adapter and alias; adapters can be deleted here, as OpenAI has it."""
+"""`/v1/models`: the base, then adapters, aliases and saved blends; adapters can be deleted here, as OpenAI has it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from veneer.adapters.names import Selector, parse_selector
+from veneer.adapters.saved_blends import Blend
 from veneer.adapters.schema import AdapterVersion
 from veneer.errors import InvalidRequest
 from veneer.server.generation import select_adapter
@@ -24,6 +25,8 @@ async def list_models(request: Request) -> dict[str, Any]:
     state = state_of(request)
     adapters = await asyncio.to_thread(state.store.list)
     served = [_adapter(state, record.served_name, record) for record in adapters if record.damage is None]
+    blends = await asyncio.to_thread(state.store.blends)
+    served += [_blend(state, blend) for blend in blends if not any(each.damage for each in blend.adapters)]
     return {"object": "list", "data": [_base(state), *served][: state.config.max_models]}
 
 
@@ -32,6 +35,8 @@ async def get_model(request: Request, model: str) -> dict[str, Any]:
     """One model under any of its names. 404 `model_not_found` for others."""
     state = state_of(request)
     record = select_adapter(state, model)
+    if isinstance(record, Blend):
+        return _blend(state, record)
     return _base(state) if record is None else _adapter(state, model, record)
 
 
@@ -56,6 +61,10 @@ def _adapter(state: ServerState, name: str, record: AdapterVersion) -> dict[str,
     return _model(state, name, record.created_at, root=root, parent=state.served_name) | {
         "digest": record.digest
     }
+
+
+def _blend(state: ServerState, blend: Blend) -> dict[str, Any]:
+    return _model(state, blend.name, blend.created_at, root=blend.label, parent=state.served_name)
 
 
 def _model(state: ServerState, name: str, created: int, *, root: str, parent: str | None) -> dict[str, Any]:

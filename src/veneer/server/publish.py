@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,12 +44,13 @@ async def publish(
     unless_known: bool = False,
     allow_ineffective: bool = False,
     trained: bool = False,
+    more: Mapping[str, Any] = {},
 ) -> AdapterVersion:
     """Make what `fill` writes the next version of `name`. Content equal to the current version changes nothing.
 
     With `unless_known`, content equal to any version of the name changes nothing, and that version is returned.
     An adapter that does not change the output is refused unless `allow_ineffective`. Only what a job has `trained`
-    gets one of the names that say so.
+    gets one of the names that say so. What `more` has when `fill` is done goes to the details.
     Raises what the sources, the engine's check and the store raise; nothing is left behind then.
     """
     if not trained:
@@ -67,7 +68,10 @@ async def publish(
         details["warnings"] = [*info.warnings, *_base_warnings(state, info)]
         if text.tokenizer is not state.texts.base.tokenizer:
             details["warnings"] += await state.texts.run(lambda: _token_warnings(state, text, info))
-        details |= _text_details(state, text)
+        details["warnings"] += more.get("warnings", [])
+        details |= _text_details(state, text) | {
+            name: value for name, value in more.items() if name != "warnings"
+        }
         record = await asyncio.to_thread(state.store.commit, staging, name, details)
     if record.created:
         log.info("adapter %s@%d: %s", record.name, record.version, record.digest)

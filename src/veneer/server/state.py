@@ -21,6 +21,7 @@ import veneer
 from veneer.adapters.store import AdapterStore
 from veneer.engine.client import EngineClient
 from veneer.server.adapter_text import AdapterTexts, base_text
+from veneer.server.known_blends import KnownBlends
 from veneer.training.file_store import FileStore
 from veneer.training.job_store import JobStore
 
@@ -72,27 +73,34 @@ class InFlight:
     def __init__(self) -> None:
         self.started: Counter[str | None] = Counter()  # requests since the server started
         self._counts: Counter[str | None] = Counter()
+        self._total = 0
         self._waiters: dict[str | None, asyncio.Event] = {}
 
     @contextmanager
-    def hold(self, digest: str | None) -> Iterator[None]:
-        """Count one request that uses `digest` (None: the base) while the block runs."""
-        self.started[digest] += 1
-        self._counts[digest] += 1
+    def hold(self, *digests: str | None) -> Iterator[None]:
+        """Count one request that uses each of `digests` (None: the base) while the block runs."""
+        self._total += 1
+        self.started.update(digests)
+        self._counts.update(digests)
         try:
             yield
         finally:
-            self._counts[digest] -= 1
-            if not self._counts[digest]:
-                del self._counts[digest]
-                if waiter := self._waiters.pop(digest, None):
-                    waiter.set()
+            self._total -= 1
+            for digest in digests:
+                self._release(digest)
+
+    def _release(self, digest: str | None) -> None:
+        self._counts[digest] -= 1
+        if not self._counts[digest]:
+            del self._counts[digest]
+            if waiter := self._waiters.pop(digest, None):
+                waiter.set()
 
     def count(self, digest: str | None) -> int:
         return self._counts[digest]
 
     def total(self) -> int:
-        return self._counts.total()
+        return self._total
 
     async def drained(self, digest: str | None) -> None:
         """Return once no request uses `digest`. New ones must have been stopped before."""
@@ -112,11 +120,14 @@ class ServerState:
     started: int = field(default_factory=lambda: int(time.time()))
     registering: bool = False  # adapters of the command line are still being added: /ready waits for them
     texts: AdapterTexts = field(init=False)
+    blends: KnownBlends = field(init=False)
+    merging: asyncio.Lock = field(default_factory=asyncio.Lock)  # each merge keeps a thread waiting
     files: FileStore = field(init=False)
     jobs: JobStore = field(init=False)
 
     def __post_init__(self) -> None:
         self.texts = AdapterTexts(base_text(self.model_folder), self.store.blob)
+        self.blends = KnownBlends(self.engine)
         self.files = FileStore(self.store)
         self.jobs = JobStore(self.store, self.files)
 

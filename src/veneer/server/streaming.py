@@ -20,7 +20,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from veneer.adapters.schema import AdapterVersion
+from veneer.adapters.saved_blends import Blend, Served, digests_of
+from veneer.engine.messages import AdapterInfo
 from veneer.errors import VeneerError
 from veneer.server.adapter_text import Text
 from veneer.server.errors import INTERNAL, error_body
@@ -90,7 +91,8 @@ class _Exchange(Generic[Body]):
     ) -> None:
         self._state, self._route, self._body = state, route, body
         self._prepare, self._received = prepare, received
-        self._adapter: AdapterVersion | None = None
+        self._adapter: Served | None = None
+        self._blend: AdapterInfo | None = None  # what is known of it, if it is one
         self._format: Format
         self._usage: Usage
         self.inline = True
@@ -99,6 +101,10 @@ class _Exchange(Generic[Body]):
         """Which adapter version answered; a name alone may have moved since."""
         if self._adapter is None:
             return {}
+        if isinstance(self._adapter, Blend):
+            error = None if self._blend is None else self._blend.error
+            cut = {} if error is None else {"x-veneer-blend-error": f"{error:.6g}"}
+            return {"x-veneer-adapter": self._adapter.label} | cut
         version = f"{self._adapter.name}@{self._adapter.version}"
         return {"x-veneer-adapter": version, "x-veneer-adapter-digest": self._adapter.digest}
 
@@ -126,10 +132,12 @@ class _Exchange(Generic[Body]):
     async def _deltas(self) -> AsyncGenerator[Delta]:
         state, body = self._state, self._body
         # No await between these two: a delete waits for the requests that hold what it deletes.
-        self._adapter = adapter = select_adapter(state, body.model)
+        self._adapter = adapter = select_adapter(state, body.model, body.mixture)
         with _counted(state, self._route, adapter):
             state.engine.require_ready()
             text = await state.texts.of(adapter)
+            if isinstance(adapter, Blend):
+                self._blend = await state.blends.of(adapter)
             ready = await self._ready(text)
             self._format = ready.format
             with Run(
@@ -141,6 +149,7 @@ class _Exchange(Generic[Body]):
                 param=ready.param,
                 logprobs=ready.logprobs,
                 received=self._received,
+                blend=self._blend,
             ) as run:
                 self._usage = run.usage
                 async with aclosing(run.deltas()) as deltas:
@@ -155,12 +164,12 @@ class _Exchange(Generic[Body]):
 
 
 @contextmanager
-def _counted(state: ServerState, route: str, adapter: AdapterVersion | None) -> Iterator[None]:
+def _counted(state: ServerState, route: str, adapter: Served | None) -> Iterator[None]:
     name = adapter.name if adapter else None
     outcome = "cancelled"
     state.metrics.request_started(route, name)
     try:
-        with state.in_flight.hold(adapter.digest if adapter else None):
+        with state.in_flight.hold(*digests_of(adapter)):
             yield
         outcome = "ok"
     except VeneerError as error:

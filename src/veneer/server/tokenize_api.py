@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 
-from veneer.adapters.schema import AdapterVersion
+from veneer.adapters.saved_blends import Served, digests_of
 from veneer.server.adapter_text import Text
 from veneer.server.chat import render
 from veneer.server.generation import check_tokens, select_adapter, vocabulary_of
@@ -64,7 +64,8 @@ async def tokenizer_info(request: Request, model: str | None = None) -> dict[str
     """The tokenizer's config, with the special tokens and the chat template that requests are read with."""
     state = state_of(request)
     async with _selected(state, model) as (text, adapter):
-        own = state.store.blob(adapter.digest) if adapter else None
+        digest = digests_of(adapter)[0]  # the parts of a blend are read alike
+        own = None if digest is None else state.store.blob(digest)
         config = await asyncio.to_thread(_read_config, own, state.model_folder)
     found = {"tokenizer_class": "PreTrainedTokenizerFast"} | config
     found |= {name: text.special_tokens.get(name) for name in SPECIAL}
@@ -73,13 +74,11 @@ async def tokenizer_info(request: Request, model: str | None = None) -> dict[str
 
 
 @asynccontextmanager
-async def _selected(
-    state: ServerState, model: str | None
-) -> AsyncIterator[tuple[Text, AdapterVersion | None]]:
+async def _selected(state: ServerState, model: str | None) -> AsyncIterator[tuple[Text, Served | None]]:
     """A model's text side, and the adapter (None: the base), whose files stay while the block runs."""
     # No await between these two: a delete waits for the requests that hold what it deletes.
     adapter = None if model is None else select_adapter(state, model)
-    with state.in_flight.hold(adapter.digest if adapter else None):
+    with state.in_flight.hold(*digests_of(adapter)):
         yield await state.texts.of(adapter), adapter
 
 

@@ -22,6 +22,7 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from veneer.errors import InvalidRequest, TooLarge
+from veneer.server.blend_wire import MergedAdapters, Mixture, Rank, WeightedAdapters
 from veneer.server.errors import pydantic_error
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,13 @@ class GenerationRequest(Strict):
     # ours
     task_id: Annotated[int, Field(ge=0, lt=2**31)] | None = None  # for an adapter with several tasks
     timeout: Annotated[float, Field(gt=0, le=86400)] | None = None  # seconds for the whole request
+    adapters: WeightedAdapters | None = None  # several at once, with the base as model
+    max_rank: Rank | None = None  # of these: products of a higher rank are cut to it
+    merged_adapters: MergedAdapters | None = None  # the same in LoRAX's words
+
+    @property
+    def mixture(self) -> Mixture:
+        return Mixture(self.adapters, self.merged_adapters, self.max_rank)
 
     @property
     def stops(self) -> list[str]:
@@ -226,8 +234,6 @@ NOT_HONOURED: Final[dict[str, NotHonoured]] = {
     "stream_interval": NotHonoured(only(1), _LATER),
     "prompt_embeds": NotHonoured(only(), "send text or token ids as prompt"),
     "logits_processors": NotHonoured(empty, _LATER),
-    # ours
-    "adapters": NotHonoured(only(), "blends come in a later release; choose one adapter with model"),
     # in stream_options
     "stream_options.include_obfuscation": NotHonoured(only(False), "chunks are sent as they are"),
     "stream_options.continuous_usage_stats": NotHonoured(only(False), "usage comes with the last chunk"),
