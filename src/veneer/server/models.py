@@ -1,4 +1,4 @@
-"""`/v1/models`: the base, then adapters, aliases and saved blends; adapters can be deleted here, as OpenAI has it."""
+"""`/v1/models`: the base, adapters, aliases and saved blends; adapters can be deleted here, as OpenAI has it."""
 
 from __future__ import annotations
 
