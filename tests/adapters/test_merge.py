@@ -198,6 +198,24 @@ def test_loras_give_a_lora_that_peft_loads(kinds: Kinds, tmp_path: Path, keep_ro
     assert (got - want).abs().max() < 1e-5 * want.abs().max()
 
 
+@pytest.mark.parametrize("kind", ["cat", "svd", "ties_svd", "magnitude_prune_svd"])
+def test_pefts_own_merge_is_the_same_where_it_is_right(kinds: Kinds, tmp_path: Path, kind: str) -> None:
+    """Plain LoRAs, by those of its methods that act on ΔW."""
+    names, weights = [ALL, "LORA"], [0.7, -0.5]
+    method, rank = kind.removesuffix("svd").rstrip("_") or "linear", None if kind == "cat" else 5
+    density = 0.4 if method in ("ties", "magnitude_prune") else 1.0
+    of = made(weights, "linear" if kind == "cat" else method, density=density, rank=rank)
+    found, _ = run(kinds, of, names, tmp_path / "m", keep_rows=kind == "cat")
+    base = AutoModelForCausalLM.from_pretrained(kinds.folder(ALL).parent / "base", dtype=torch.float32)
+    model: Any = PeftModel.from_pretrained(base, kinds.folder(ALL), adapter_name="0")
+    model.load_adapter(kinds.folder("LORA"), adapter_name="1")
+    model.add_weighted_adapter(["0", "1"], weights, "both", kind, svd_rank=5, density=density)
+    for name, part in found.sites.items():
+        expected = model.get_submodule(f"base_model.model.{name}").get_delta_weight("both")
+        got = weight_change(part, sites_of(kinds.base)[name], kinds.base)
+        assert (got - expected).abs().max() < 1e-5 * expected.abs().max(), name
+
+
 def test_activated_loras_stay_activated(kinds: Kinds, tmp_path: Path) -> None:
     found, _ = run(kinds, made([0.5, 0.75]), ["LORA aLoRA"] * 2, tmp_path / "m")
     assert config_of(tmp_path / "m")["alora_invocation_tokens"] == [14, 1]

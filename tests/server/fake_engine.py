@@ -28,6 +28,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from veneer.adapters.recipes import parse
 from veneer.engine.config import EngineConfig
 from veneer.engine.messages import (
     AdapterChecked,
@@ -35,11 +36,15 @@ from veneer.engine.messages import (
     AdapterStats,
     Cancel,
     CheckAdapter,
+    CheckBlend,
     Done,
     DropAdapter,
     EngineInfo,
     Generate,
     JobReport,
+    MergeAdapters,
+    Merged,
+    MergeProgress,
     Outputs,
     PinAdapter,
     Ready,
@@ -247,6 +252,10 @@ class FakeEngine:
                 self.sequences.pop(message.id, None)
             case CheckAdapter():
                 self.checks.append(message)
+            case CheckBlend():
+                self.send(self.blended(message))
+            case MergeAdapters():
+                self.merge(message)
             case DropAdapter():
                 self.adapters.discard(message.digest)
                 self.send(Done(call=message.call))
@@ -271,6 +280,42 @@ class FakeEngine:
             return
         error = WireError(429, "queue_full", f"The queue is full ({self.config.max_queue} sequences).")
         self.send(Outputs(items=[SequenceOutput(id=message.id, error=error)]))
+
+    def blended(self, message: CheckBlend) -> AdapterChecked:
+        """A blend has the rank that it is cut to, which costs a tenth. Ranks over --max-lora-rank are refused."""
+        recipe = parse(message.key)
+        assert recipe is not None
+        rank = recipe.rank or 8 * len(recipe.parts)
+        if rank > self.config.max_lora_rank:
+            error = WireError(400, "adapter_refused", f"the ranks add up to {rank}; send max_rank")
+            return AdapterChecked(call=message.call, error=error)
+        info = AdapterInfo(
+            kind="blend",
+            primitives=["low_rank"],
+            rank=rank,
+            sites=1,
+            bytes=1024,
+            error=0.1 if recipe.rank else None,
+        )
+        return AdapterChecked(call=message.call, info=info)
+
+    def merge(self, message: MergeAdapters) -> None:
+        """The first part's config; `merge_dies` ends the process, `merge_refuse` refuses."""
+        recipe = parse(message.key)
+        assert recipe is not None
+        blob = Path(self.config.store) / "blobs" / recipe.parts[0].key
+        config = json.loads((blob / "adapter_config.json").read_text())
+        for done in range(3):
+            self.send(MergeProgress(call=message.call, done=done, total=2))
+        if config.get("merge_dies"):
+            (Path(message.folder) / "half").write_text("written")
+            os._exit(9)
+        if why := config.get("merge_refuse"):
+            self.send(Merged(call=message.call, error=WireError(400, "adapter_refused", why)))
+            return
+        (Path(message.folder) / "adapter_config.json").write_text("{}")
+        (Path(message.folder) / "adapter_model.safetensors").write_text(message.key)
+        self.send(Merged(call=message.call, distance=0.25, warnings=["merged by a toy"]))
 
     def checked(self, message: CheckAdapter) -> bool:
         """Answer a check, unless it has to wait."""
