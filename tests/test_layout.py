@@ -23,6 +23,8 @@ EXCEPTIONS = {("adapters", "veneer.engine.messages")}
 TORCH_FREE = [
     "veneer.adapters.archive",
     "veneer.adapters.names",
+    "veneer.adapters.recipes",
+    "veneer.adapters.saved_blends",
     "veneer.adapters.sources",
     "veneer.adapters.store",
     "veneer.engine.client",

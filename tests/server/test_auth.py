@@ -18,6 +18,7 @@ from veneer.server.state import ServerConfig
 KEY, OTHER_KEY, ADMIN = "sk-plain-1", "sk-plain-2", "sk-admin"
 CHANGES = {
     ("POST", "/v1/adapters"),
+    ("POST", "/v1/adapters/merge"),
     ("DELETE", "/v1/adapters/{name:path}"),
     ("POST", "/v1/adapters/{name:path}/pin"),
     ("POST", "/v1/adapters/{name:path}/unpin"),

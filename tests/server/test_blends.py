@@ -321,7 +321,8 @@ def test_an_alias_and_a_blend_take_each_others_place(make_server: MakeServer) ->
         assert save(server, "name", **body).json()["object"] == kind
         assert server.http.get("/v1/aliases/name").json()["object"] == kind
     assert server.state.store.blends() == ()
-    for body in ({}, {"target": "a", "adapters": [A]}, {"adapters": [A, {"id": "a", "weight": -0.5}]}):
+    bodies: list[dict[str, Any]] = [{}, {"target": "a", "adapters": [A]}]
+    for body in (*bodies, {"adapters": [A, {"id": "a", "weight": -0.5}]}):
         assert save(server, "name", **body).status_code == 400
     assert server.http.get("/v1/aliases/name").json()["target"] == "b"
 
