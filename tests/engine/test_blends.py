@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, ShiraConfig
 from tests.engine.adapters import digest_of, load, prompt_of, save_random, told
 
+from veneer.adapters import loader
 from veneer.adapters.names import WEIGHTS_FILE
 from veneer.adapters.recipes import Part, digests_of, recipe
 from veneer.adapters.registry import lower
@@ -214,6 +216,24 @@ def test_deleting_a_part_waits_for_its_blends_and_drops_them(
     hits = driver.engine.pool.hit_tokens
     driver.generate(prompt, key, max_tokens=1)  # its files are there still: made anew
     assert driver.engine.pool.hit_tokens == hits
+
+
+def test_no_adapter_waits_for_a_blend_that_takes_long(
+    base: Path, store: Path, make_engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = make_engine(base, store=str(store))
+    go_on, follow = threading.Event(), loader.follow
+
+    def slow(*arguments: Any) -> Any:
+        assert go_on.wait(30)
+        return follow(*arguments)
+
+    monkeypatch.setattr(loader, "follow", slow)
+    blend = driver.submit([5, 6, 7], key_of({"lora": 0.5, "dora": 0.5}), max_tokens=2)
+    assert len(driver.generate([5, 6, 7], digest_of("rslora"), max_tokens=2)) == 2
+    assert not driver.finished(blend)
+    go_on.set()
+    assert len(driver.run(blend)[0]) == 2
 
 
 def test_a_part_that_is_gone_fails_its_blend_alone(

@@ -1,21 +1,17 @@
-"""The thread that brings adapters from disk to host memory and from there into the arena.
+"""The threads that bring adapters from disk to host memory and from there into the arena.
 
-It decides nothing about the device: residency.py, on the step's thread, says which adapter goes where.
+They decide nothing about the device: residency.py, on the step's thread, says which adapter goes where.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
-from queue import Empty, PriorityQueue
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -24,15 +20,15 @@ from veneer.adapters.methods.base import Base
 from veneer.adapters.names import split_key
 from veneer.adapters.packing import Layout, PackedAdapter, SharedFactors, pack, packed_size, shared_size
 from veneer.adapters.program import Program, Site
-from veneer.adapters.recipes import parse
+from veneer.adapters.recipes import is_blend, parse
 from veneer.adapters.slots import Place
-from veneer.errors import AdapterRefused, EngineUnavailable, NotFound, VeneerError
+from veneer.adapters.worker import Worker
+from veneer.errors import AdapterRefused, NotFound
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Copies first: one holds its slot already and is short, while lowering a large upload may take seconds.
-STOP, COPY, READ = range(3)
+COPY, READ = range(2)
 
 
 @dataclass
@@ -114,7 +110,7 @@ class HostCache:
 
 
 class Loader:
-    """One thread, and the jobs it does in order. Each job's future ends with a value or a `VeneerError`."""
+    """Two threads: one loads adapters, the other makes blends, which may take longer than anybody should wait."""
 
     def __init__(
         self,
@@ -133,26 +129,21 @@ class Loader:
         self._sites = sites
         self._arena = arena
         self._max_lora_rank = max_lora_rank
-        self._wake = wake
         self._load = load
         self._base = base
         self._staged: dict[str, Path] = {}  # where a checked adapter lies until the store commits it
         self._stream = torch.cuda.Stream(arena.device) if arena.is_cuda else None  # type: ignore[no-untyped-call]
-        self._jobs: PriorityQueue[tuple[int, int, Callable[[], Any], Future[Any]]] = PriorityQueue()
-        self._order = count()
-        self._closed = False
-        self._thread = threading.Thread(target=self._run, name="adapter-loader", daemon=True)
-        self._thread.start()
+        self._loads, self._blends = Worker("adapter-loader", wake), Worker("adapter-blender", wake)
 
     # ---- called from the step's thread: each returns at once -------------------------------------
 
     def check(self, folder: Path | None, key: str) -> Future[Program]:
         """Lower a folder, for the task of the key, and keep the result under the key. None: what is stored."""
-        return self._submit(READ, lambda: self._check(folder, key), Future())
+        return self._reader(key).submit(READ, lambda: self._check(folder, key), Future())
 
     def read(self, key: str) -> Future[Layout]:
         """Bring an adapter into host memory."""
-        return self._submit(READ, lambda: self._packed(key).layout, Future())
+        return self._reader(key).submit(READ, lambda: self._packed(key).layout, Future())
 
     def copy(self, key: str, place: Place, after: torch.cuda.Event | None) -> Future[torch.Tensor]:
         """Write an adapter into its range of the arena, once `after` has passed on the compute stream.
@@ -160,41 +151,21 @@ class Loader:
         The result is the adapter's entries, int64 [SLOTS_EACH, sites, COLUMNS]; when it is there the copy has
         completed.
         """
-        return self._submit(COPY, lambda: self._copy(key, place, after), Future())
+        return self._loads.submit(COPY, lambda: self._copy(key, place, after), Future())
 
     def forget(self, key: str, future: Future[None]) -> None:
         """Let go of an adapter, after the checks and reads that were asked for before; then end `future`."""
-        self._submit(READ, lambda: self._forget(key), future)
+        self._reader(key).submit(READ, lambda: self._forget(key), future)
 
     def close(self) -> None:
-        """End the thread. Jobs not begun fail; one that hangs is left to its thread, which is a daemon."""
-        self._closed = True
-        with suppress(Empty):
-            while True:
-                _, _, _, future = self._jobs.get_nowait()
-                if future.set_running_or_notify_cancel():
-                    future.set_exception(_closing())
-        self._jobs.put((STOP, next(self._order), lambda: None, Future()))
-        self._thread.join(timeout=5)
+        """End the threads. Jobs not begun fail."""
+        self._loads.close()
+        self._blends.close()
 
-    def _submit(self, priority: int, work: Callable[[], T], future: Future[T]) -> Future[T]:
-        # A callback runs when the result is there to be seen, and one that raises is only logged.
-        future.add_done_callback(lambda _: self._wake())
-        if self._closed:
-            future.set_exception(_closing())
-        else:
-            self._jobs.put((priority, next(self._order), work, future))
-        return future
+    def _reader(self, key: str) -> Worker:
+        return self._blends if is_blend(key) else self._loads
 
-    # ---- on the loader's thread -----------------------------------------------------------------
-
-    def _run(self) -> None:
-        while True:
-            priority, _, work, future = self._jobs.get()
-            if priority == STOP:
-                return
-            with torch.no_grad():
-                _finish(future, work)
+    # ---- on its threads -------------------------------------------------------------------------
 
     def _check(self, folder: Path | None, key: str) -> Program:
         if folder is None:
@@ -278,22 +249,3 @@ class Loader:
     def _forget(self, key: str) -> None:
         self.cache.remove(key)
         self._staged.pop(split_key(key)[0], None)
-
-
-def _finish(future: Future[T], work: Callable[[], T]) -> None:
-    """Do a job. Nothing it raises ends the thread."""
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        future.set_result(work())
-    except VeneerError as error:
-        future.set_exception(error)
-    except Exception as error:
-        logger.exception("an adapter could not be loaded")
-        future.set_exception(
-            VeneerError(f"the adapter could not be loaded: {type(error).__name__}; the server's log has more")
-        )
-
-
-def _closing() -> EngineUnavailable:
-    return EngineUnavailable("the engine is shutting down; try again when it is back")

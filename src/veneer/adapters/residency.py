@@ -1,7 +1,7 @@
 """Which adapters are on the device, and which are to be: least recently used out, pins and users stay.
 
 All decisions are made on the step's thread and none of them waits: reading, lowering and copying happen on
-the loader's thread (loader.py), and `poll`, once per step, takes over what has finished. An adapter goes
+the loader's threads (loader.py), and `poll`, once per step, takes over what has finished. An adapter goes
 
     queued -> read to the host -> given a place, copied -> resident -> evicted, or dropped
 
