@@ -12,7 +12,7 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, ShiraConfig
 from tests.engine.adapters import digest_of, load, prompt_of, save_random, told
 
-from veneer.adapters import loader
+from veneer.adapters.merging import follow
 from veneer.adapters.names import WEIGHTS_FILE
 from veneer.adapters.recipes import Part, digests_of, recipe
 from veneer.adapters.registry import lower
@@ -222,13 +222,13 @@ def test_no_adapter_waits_for_a_blend_that_takes_long(
     base: Path, store: Path, make_engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver = make_engine(base, store=str(store))
-    go_on, follow = threading.Event(), loader.follow
+    go_on = threading.Event()
 
     def slow(*arguments: Any) -> Any:
         assert go_on.wait(30)
         return follow(*arguments)
 
-    monkeypatch.setattr(loader, "follow", slow)
+    monkeypatch.setattr("veneer.adapters.loader.follow", slow)
     blend = driver.submit([5, 6, 7], key_of({"lora": 0.5, "dora": 0.5}), max_tokens=2)
     assert len(driver.generate([5, 6, 7], digest_of("rslora"), max_tokens=2)) == 2
     assert not driver.finished(blend)
