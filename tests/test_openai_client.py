@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
@@ -440,3 +441,44 @@ def test_a_killed_engine_fails_its_requests_and_comes_back(server: LiveServer, c
     assert texts(greedy(client, "negate", messages=SENTENCE)) == expected
     assert server.metric("veneer_engine_restarts_total") == 1
     assert server.engine_pid() not in (None, engine)
+
+
+# ---- blends --------------------------------------------------------------------------------------
+
+
+def blended(**weights: float) -> dict[str, Any]:
+    return {"adapters": [{"id": name.replace("_", "-"), "weight": each} for name, each in weights.items()]}
+
+
+def test_blends_answer_in_a_batch_as_alone(server: LiveServer, client: OpenAI) -> None:
+    """Beside their parts and the base. One with weight 1 is the adapter; without weight it is the base."""
+    mixes = [
+        {"negate": 1.0},
+        {"negate": 0.0},
+        {"negate": 1.0, "past_tense": 0.8},
+        {"negate": -1.0},
+    ]
+    common = {"messages": SENTENCE, "temperature": 0, "max_tokens": 12}
+    asked = [{"model": BASE, "extra_body": blended(**mix)} | common for mix in mixes]
+    asked += [{"model": model} | common for model in ("negate", BASE)]
+    answers = [texts(reply)[0] for reply in together(server, *asked)]
+    assert answers[:2] == answers[-2:]
+    assert len(set(answers)) == 4
+    create: Any = client.chat.completions.create
+    for each, answer in zip(asked, answers, strict=True):
+        assert texts(create(**each)) == [answer]
+
+
+def test_a_merge_answers_like_its_blend(client: OpenAI, server: LiveServer) -> None:
+    weights = blended(negate=0.6, past_tense=0.9)
+    reply = httpx.post(
+        f"{server.url}/v1/adapters/merge", json={"name": "merged", "method": "linear"} | weights, timeout=120
+    )
+    assert reply.status_code == 201, reply.text
+    merged = reply.json()
+    assert (merged["kind"], merged["distance"] < 1e-6) == ("lora", True)
+    blend = greedy(client, messages=SENTENCE, extra_body=weights)
+    assert texts(greedy(client, "merged", messages=SENTENCE)) == texts(blend)
+    assert blend.usage.model_dump()["blend"]["rank"] >= merged["rank"]
+    cut = greedy(client, messages=SENTENCE, extra_body=weights | {"max_rank": 2})
+    assert 0 < cut.usage.model_dump()["blend"]["error"] < 1

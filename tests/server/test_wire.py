@@ -112,7 +112,6 @@ def test_values_that_ask_for_nothing_are_accepted(name: str, value: Any) -> None
         ("response_format", {"type": "json_object"}),
         ("modalities", ["text", "audio"]),
         ("reasoning_effort", "high"),
-        ("adapters", [{"id": "a", "weight": 1}]),
         ("use_beam_search", True),
         ("priority", 1),
     ],
