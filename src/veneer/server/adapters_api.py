@@ -1,4 +1,4 @@
-"""`/v1/adapters` and `/v1/aliases`: upload, list, delete, pin, roll back, and names for adapters.
+"""`/v1/adapters`: upload, list, delete, pin, roll back, download.
 
     POST   /v1/adapters                  form: name + files, or archive, or source (+ revision); or JSON.
                                          allow_ineffective=true: also one that does not change the output
@@ -8,10 +8,6 @@
     POST   /v1/adapters/NAME/pin         keep it on the device; /unpin the opposite
     POST   /v1/adapters/NAME/rollback    {"version": 2}, or where the name pointed before
     GET    /v1/adapters/NAME[@VERSION]/files/FILE     one of its files, as it was stored
-    PUT    /v1/aliases/ALIAS             {"target": "NAME"} follows, {"target": "NAME@3"} stays;
-                                         {"adapters": [{"id", "weight"}]} saves a blend of versions
-    GET    /v1/aliases/ALIAS             what it stands for
-    DELETE /v1/aliases/ALIAS
 
 Names may contain slashes.
 """
@@ -30,12 +26,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import StreamingResponse
 
 from veneer.adapters.names import FILES, Selector, parse_selector
-from veneer.adapters.saved_blends import Blend, digests_of
 from veneer.adapters.schema import AdapterVersion
 from veneer.engine.messages import AdapterStats
 from veneer.errors import EngineUnavailable, InvalidRequest, NotFound, VeneerError
-from veneer.server.blend_wire import MergedAdapters, Mixture, Rank, WeightedAdapters, make_blend
-from veneer.server.publish import delete, follow_pins, publish, refuse_reserved_name, sync_pins
+from veneer.server.publish import delete, follow_pins, publish, sync_pins
 from veneer.server.state import ServerState, state_of
 from veneer.server.upload import read_upload
 
@@ -45,14 +39,6 @@ router = APIRouter()
 class RollbackBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
     version: Annotated[int, Field(ge=1, strict=True)] | None = None
-
-
-class AliasBody(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    target: str | None = None
-    adapters: WeightedAdapters | None = None
-    max_rank: Rank | None = None
-    merged_adapters: MergedAdapters | None = None
 
 
 @router.post("/v1/adapters")
@@ -68,7 +54,7 @@ async def create_adapter(request: Request) -> Response:
             lambda staging: upload.fill(staging, limit),
             allow_ineffective=upload.allow_ineffective,
         )
-    return _answer(adapter_object(state, record), 201 if record.created else 200)
+    return json_answer(adapter_object(state, record), 201 if record.created else 200)
 
 
 @router.get("/v1/adapters")
@@ -77,13 +63,13 @@ async def list_adapters(request: Request) -> Response:
     records = await asyncio.to_thread(state.store.list)
     aliases = _aliases(records)
     data = [adapter_object(state, record, aliases[record.name]) for record in records if record.alias is None]
-    return _answer({"object": "list", "data": data})
+    return json_answer({"object": "list", "data": data})
 
 
 @router.get("/v1/adapters/{name:path}/files/{filename}")
 async def get_file(request: Request, name: str, filename: str) -> Response:
     state = state_of(request)
-    record = await asyncio.to_thread(state.store.resolve, *_selector(state, name))
+    record = await asyncio.to_thread(state.store.resolve, *selector_of(state, name))
     if filename not in (*FILES, *record.text_files):
         have = ", ".join((*FILES, *record.text_files))
         raise NotFound(
@@ -103,16 +89,16 @@ async def get_file(request: Request, name: str, filename: str) -> Response:
 @router.get("/v1/adapters/{name:path}")
 async def get_adapter(request: Request, name: str) -> Response:
     state = state_of(request)
-    return _answer(await _described(state, _selector(state, name)))
+    return json_answer(await _described(state, selector_of(state, name)))
 
 
 @router.delete("/v1/adapters/{name:path}")
 async def delete_adapter(request: Request, name: str) -> Response:
     state = state_of(request)
-    selector = _selector(state, name)
+    selector = selector_of(state, name)
     gone = await delete(state, selector.name, selector.version)
     body = {"id": name, "object": "adapter.deleted", "deleted": gone}
-    return _answer(body if gone else body | {"status": "draining"}, 200 if gone else 202)
+    return json_answer(body if gone else body | {"status": "draining"}, 200 if gone else 202)
 
 
 @router.post("/v1/adapters/{name:path}/pin")
@@ -134,85 +120,7 @@ async def rollback_adapter(
         state.store.rollback, _name_only(state, name), body.version if body else None
     )
     await follow_pins(state)
-    return _answer(await _described(state, Selector(record.name)))
-
-
-@router.put("/v1/aliases/{alias:path}")
-async def put_alias(request: Request, alias: str, body: AliasBody) -> Response:
-    state = state_of(request)
-    refuse_reserved_name(state, alias)
-    mixture = Mixture(body.adapters, body.merged_adapters, body.max_rank)
-    if (body.target is None) == mixture.is_empty:
-        raise InvalidRequest("an alias has either a target or adapters", param="target")
-    if body.target is None:
-        return await _save_blend(state, alias, mixture)
-    target = _selector(state, body.target)
-    record = await asyncio.to_thread(state.store.alias, alias, target.name, target.version)
-    return _answer(_alias_object(state, record))
-
-
-def _alias_object(state: ServerState, record: AdapterVersion) -> dict[str, Any]:
-    alias = record.alias
-    assert alias is not None
-    pointed = alias.target if alias.version is None else f"{alias.target}@{alias.version}"
-    return {"id": alias.name, "object": "alias", "target": pointed, "adapter": adapter_object(state, record)}
-
-
-async def _save_blend(state: ServerState, name: str, mixture: Mixture) -> Response:
-    """Save a blend that the engine has made once, so that it can be served."""
-    require_engine(state)
-    blend = make_blend(state.store, state.served_name, mixture)
-    if blend is None:
-        raise InvalidRequest("the weights leave nothing: that is the base", param="adapters")
-    with state.in_flight.hold(*digests_of(blend)):
-        await state.texts.of(blend)
-        await state.blends.of(blend)
-        saved = await asyncio.to_thread(state.store.save_blend, name, blend.ingredients, blend.recipe)
-        return _answer(await _blend_object(state, saved))
-
-
-async def _blend_object(state: ServerState, blend: Blend) -> dict[str, Any]:
-    """A saved blend as clients see it."""
-    made, info = blend.recipe, await state.blends.of(blend)
-    return {
-        "id": blend.name,
-        "object": "blend",
-        "created_at": blend.created_at,
-        "adapters": [
-            {
-                "id": f"{each.adapter.name}@{each.adapter.version}",
-                "weight": each.weight,
-                "task_id": each.task if each.adapter.tasks else None,
-            }
-            for each in blend.ingredients
-        ],
-        "method": made.method,
-        "density": made.density,
-        "majority_sign_method": made.sign,
-        "max_rank": made.rank,
-        "rank": blend.details.get("rank") if info is None else info.rank,
-        "error": None if info is None else info.error,
-        "bytes": blend.details.get("bytes") if info is None else info.bytes,
-        "portability": blend.details.get("portability") if info is None else info.portability,
-    }
-
-
-@router.get("/v1/aliases/{alias:path}")
-async def get_alias(request: Request, alias: str) -> Response:
-    state = state_of(request)
-    for blend in await asyncio.to_thread(state.store.blends, alias):
-        with state.in_flight.hold(*digests_of(blend)):
-            return _answer(await _blend_object(state, blend))
-    record = await asyncio.to_thread(state.store.resolve, *_selector(state, alias))
-    if record.alias is None:
-        raise NotFound(f"{alias!r} is an adapter and no alias; see /v1/adapters/{alias}", param="alias")
-    return _answer(_alias_object(state, record))
-
-
-@router.delete("/v1/aliases/{alias:path}")
-async def delete_alias(request: Request, alias: str) -> Response:
-    await asyncio.to_thread(state_of(request).store.remove_alias, alias)
-    return _answer({"id": alias, "object": "alias.deleted", "deleted": True})
+    return json_answer(await _described(state, Selector(record.name)))
 
 
 def require_engine(state: ServerState) -> None:
@@ -306,7 +214,7 @@ async def _pin(request: Request, name: str, pinned: bool) -> Response:
         await asyncio.to_thread(state.store.set_pinned, name, before)
         await follow_pins(state)  # some of its tasks may be pinned
         raise
-    return _answer(await _described(state, Selector(record.name)))
+    return json_answer(await _described(state, Selector(record.name)))
 
 
 def _aliases(records: Iterable[AdapterVersion]) -> defaultdict[str, list[str]]:
@@ -318,7 +226,7 @@ def _aliases(records: Iterable[AdapterVersion]) -> defaultdict[str, list[str]]:
     return found
 
 
-def _selector(state: ServerState, text: str) -> Selector:
+def selector_of(state: ServerState, text: str) -> Selector:
     """`name` or `name@version`, also with the base's name and a colon before it."""
     selector = parse_selector(text, state.served_name)
     if not isinstance(selector, Selector):
@@ -331,7 +239,7 @@ def _selector(state: ServerState, text: str) -> Selector:
 
 
 def _name_only(state: ServerState, text: str) -> str:
-    selector = _selector(state, text)
+    selector = selector_of(state, text)
     if selector.version is not None:
         raise InvalidRequest(
             f"{text!r} names a version; this acts on the name: leave out '@{selector.version}'", param="name"
@@ -345,5 +253,5 @@ def _chunks(file: IO[bytes]) -> Iterator[bytes]:
             yield chunk
 
 
-def _answer(body: dict[str, Any], status: int = 200) -> Response:
+def json_answer(body: dict[str, Any], status: int = 200) -> Response:
     return Response(msgspec.json.encode(body), status, media_type="application/json")

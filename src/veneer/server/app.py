@@ -12,6 +12,7 @@ from fastapi import FastAPI
 import veneer
 from veneer.server import (
     adapters_api,
+    aliases_api,
     chat,
     completions,
     files_api,
@@ -54,6 +55,7 @@ def create_app(state: ServerState) -> FastAPI:
         tokenize_api,
         merge_api,
         adapters_api,
+        aliases_api,
         vllm_api,
         files_api,
         jobs_api,

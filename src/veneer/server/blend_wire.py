@@ -16,7 +16,7 @@ from veneer.adapters.recipes import PARTS_LIMIT, WEIGHT_LIMIT, Recipe, recipe
 from veneer.adapters.saved_blends import Blend, Ingredient
 from veneer.adapters.schema import AdapterVersion
 from veneer.adapters.store import AdapterStore
-from veneer.errors import InvalidRequest
+from veneer.errors import InvalidRequest, NotFound
 
 Weight = Annotated[float, Field(ge=-WEIGHT_LIMIT, le=WEIGHT_LIMIT)]
 Density = Annotated[float, Field(ge=0, le=1)]
@@ -85,11 +85,13 @@ def ingredient(store: AdapterStore, served_name: str, asked: WeightedAdapter, pa
     selector = parse_selector(asked.id, served_name)
     if not isinstance(selector, Selector):
         raise InvalidRequest(f"{asked.id!r} is the base, which needs no weight; leave it out", param=param)
-    if selector.version is None and store.blends(selector.name):
-        raise InvalidRequest(
-            f"{asked.id!r} is a blend itself; name its adapters with their weights", param=param
-        )
-    adapter = store.resolve(selector.name, selector.version)
+    try:
+        adapter = store.resolve(selector.name, selector.version)
+    except NotFound:
+        if not store.blends(selector.name):
+            raise
+        rule = f"{asked.id!r} is a blend itself; name its adapters with their weights"
+        raise InvalidRequest(rule, param=param) from None
     return Ingredient(adapter, _task(adapter, asked.task_id, param), asked.weight)
 
 
