@@ -27,6 +27,13 @@ CHANGES = {
     ("DELETE", "/v1/aliases/{alias:path}"),
     ("POST", "/v1/load_lora_adapter"),
     ("POST", "/v1/unload_lora_adapter"),
+    ("DELETE", "/v1/models/{model:path}"),
+    ("POST", "/v1/files"),
+    ("DELETE", "/v1/files/{file_id}"),
+    ("POST", "/v1/fine_tuning/jobs"),
+    ("POST", "/v1/fine_tuning/jobs/{job_id}/cancel"),
+    ("POST", "/v1/fine_tuning/jobs/{job_id}/pause"),
+    ("POST", "/v1/fine_tuning/jobs/{job_id}/resume"),
 }
 
 
