@@ -30,6 +30,7 @@ from veneer.engine import messages
 from veneer.engine.base import Base, load_base, resolve_device, resolve_dtype, resolve_nf4_kernels
 from veneer.engine.check import AdapterCheck, describe
 from veneer.engine.config import GIB, EngineConfig
+from veneer.engine.grammars import Grammars
 from veneer.engine.merger import Merger
 from veneer.engine.messages import AdapterChecked, Done, SequenceOutput, TokenLogprobs, WireError
 from veneer.engine.pages import PagePool
@@ -85,12 +86,19 @@ class Engine:
             wake=wake,
             load=load or (lambda folder, task: lower(folder, self.base, config.max_lora_rank, task)),
         )
+        self.grammars = Grammars(
+            Path(config.model),
+            lambda digest: Path(config.store) / "blobs" / digest,
+            self.base.eos_token_ids,
+            wake,
+        )
         num_pages = self._num_pages()
         self.max_model_len = self._max_model_len(num_pages)
         max_rows = config.max_num_batched_tokens or (8192 if device.type == "cuda" else 512)
         self.runner = Runner(
             self.base,
             self.residency,
+            self.grammars,
             num_pages=num_pages,
             page_size=config.page_size,
             max_rows=max_rows,
@@ -130,6 +138,7 @@ class Engine:
             self._ahead.results()  # nothing that the device still uses may be freed
             self._ahead = None
         self._merger.close()
+        self.grammars.close()
         self.residency.close()
 
     # ---- messages -------------------------------------------------------------------------------
@@ -165,6 +174,7 @@ class Engine:
 
     def _submit(self, request: messages.Generate) -> None:
         now = time.monotonic()
+        constraint = request.sampling.constraint
         self.scheduler.add(
             Sequence(
                 id=request.id,
@@ -173,6 +183,7 @@ class Engine:
                 adapter=request.adapter,
                 arrival=now,
                 deadline=None if request.deadline is None else now + request.deadline,
+                matcher=None if constraint is None else self.grammars.matcher(constraint),
             )
         )
 
@@ -197,6 +208,7 @@ class Engine:
             following = self.scheduler.schedule_ahead(current.batch) if self._lookahead else None
             if following is not None:
                 self._ahead = self.runner.launch(following, current)
+            items += self._unmatched()
             items += self._apply(current)
         items += self._refused()
         self._probe.observe(items)
@@ -220,6 +232,7 @@ class Engine:
         for digest, error in self.residency.poll():
             for sequence in self.scheduler.fail_adapter(digest):
                 items.append(SequenceOutput(id=sequence.id, error=to_wire(error)))
+        items += self._unmatched()
         for sequence in self.scheduler.expired():
             error = DeadlineExceeded(
                 f"the request's deadline passed after {len(sequence.tokens) - sequence.num_prompt_tokens} "
@@ -227,6 +240,15 @@ class Engine:
             )
             items.append(SequenceOutput(id=sequence.id, error=to_wire(error)))
         return items
+
+    def _unmatched(self) -> list[SequenceOutput]:
+        """Sequences whose grammar was found wrong, or too costly; maybe in the step that is still to be applied."""
+        errors = [(sequence.id, sequence.matcher) for sequence in self.scheduler.unmatched()]
+        return [
+            SequenceOutput(id=name, error=to_wire(matcher.error))
+            for name, matcher in errors
+            if matcher is not None and matcher.error is not None
+        ]
 
     def _refused(self) -> list[SequenceOutput]:
         """Sequences that planning found to be too long with the virtual tokens of their adapters."""

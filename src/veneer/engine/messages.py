@@ -10,6 +10,15 @@ from typing import Any
 import msgspec
 
 
+class Constraint(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the text of an output must be, whole. See engine/grammars.py."""
+
+    grammar: str  # llguidance's Lark
+    param: str = "structured_outputs"  # the field that asked for it; errors name it
+    tokenizer: str | None = None  # digest of the adapter whose tokenizer writes the text; None = the base's
+    end_tokens: tuple[int, ...] = ()  # that end its text, beside those of the base
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How to choose the next tokens of one sequence. Values are already validated by the server."""
 
@@ -27,6 +36,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_token_ids: list[int] = []  # end the sequence; the stop token is part of the output tokens
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; k: the chosen token and the k most likely
+    constraint: Constraint | None = None  # comes without min_tokens and ignore_eos
     prompt_logprobs: int | None = None  # the same of each token of the prompt but the first
 
 

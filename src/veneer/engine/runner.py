@@ -11,8 +11,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Rows
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -25,6 +26,7 @@ from numpy.typing import ArrayLike
 from veneer.adapters.packing import AddedTokens
 from veneer.adapters.residency import Residency
 from veneer.engine.base import Base
+from veneer.engine.grammars import Grammars, Words
 from veneer.engine.graphs import (
     MIXED_BUCKETS,
     DecodeGraphs,
@@ -127,6 +129,7 @@ class Runner:
         self,
         base: Base,
         residency: Residency,
+        grammars: Grammars,
         *,
         num_pages: int,
         page_size: int,
@@ -145,6 +148,7 @@ class Runner:
         self._step.kv_cache = allocate_kv(base, num_pages + 1, page_size)
         self._scratch_page = num_pages
         self._residency = residency
+        self._grammars = grammars
         self._virtual_tokens = VirtualTokens(base, residency, page_size, max_rows)
         self.graphs: DecodeGraphs | None = None
         self.mixed_graphs: MixedGraphs | None = None
@@ -257,6 +261,8 @@ class Runner:
         self._virtual_tokens.write(batch.items)
         planned = sorted(batch.items, key=self._place)
         pending = None if previous is None else [previous.rows[item.sequence.id] for item in planned]
+        sampled = [item for item in planned if item.samples]
+        masks = self._start_masks(sampled, previous)
         graphs = self._graphs_for(planned)
         hidden = None
         if graphs is not None:
@@ -265,8 +271,8 @@ class Runner:
             self.eager_steps += 1
             logits, last, hidden = self.forward(planned, pending)
             torch.argmax(logits, -1, out=self._tokens[: len(logits)])
-        sampled = [item for item in planned if item.samples]
-        result = self._choose(logits, sampled, last)
+        allowed = {} if masks is None else masks.result()
+        result = self._choose(logits, sampled, last, allowed)
         scored = [] if hidden is None else self._score(planned, hidden)
         done = None
         if self.base.device.type == "cuda":
@@ -280,15 +286,41 @@ class Runner:
         assert self._step.tables is not None  # set at the start
         return self._step.tables.kin.get(item.slot, b""), item.slot
 
+    def _start_masks(
+        self, items: Rows[Scheduled], previous: Launched | None
+    ) -> Future[dict[str, Words | None]] | None:
+        """By sequence id, which tokens the grammars of these rows allow; worked out while the forward runs.
+
+        They hang on the tokens that `previous` chooses: those are waited for, not here, and the forward, which
+        takes them on the device, is queued meanwhile.
+        """
+        if not (matched := [item.sequence for item in items if item.sequence.matcher is not None]):
+            return None
+        known = [sequence.output for sequence in matched]
+        matchers = {each.id: each.matcher for each in matched if each.matcher is not None}
+
+        def outputs() -> list[list[int]]:
+            if previous is None:
+                return known
+            chosen = previous.results()
+            return [[*output, chosen[each.id][0]] for each, output in zip(matched, known, strict=True)]
+
+        return self._grammars.masks(matchers, outputs)
+
     def _choose(
-        self, logits: torch.Tensor, items: Rows[Scheduled], last: torch.Tensor
+        self,
+        logits: torch.Tensor,
+        items: Rows[Scheduled],
+        last: torch.Tensor,
+        allowed: Mapping[str, Words | None],
     ) -> list[tuple[list[str], Sampled]]:
         """Sample; the tokens are left in the token buffer, in the order of the items.
 
         Rows whose adapter adds tokens have wider logits. They are chosen from by themselves, those of each width
         together, so that no other row's sums change.
         """
-        names, rows = [item.sequence.id for item in items], [self._sampling_row(item) for item in items]
+        names = [item.sequence.id for item in items]
+        rows = [self._sampling_row(item, allowed.get(item.sequence.id)) for item in items]
         widths = [self._added_tokens(item) for item in items]
         if not any(width.embeddings for width in widths):
             return [(names, sample(logits, rows, self._tokens[: len(rows)], last).to_host())]
@@ -400,11 +432,17 @@ class Runner:
         flags = tables.delta(segments), tables.has_hidden(segments)
         return make_tiles(segments, rows, self._slots, self.base.device, transforms, *flags, tables.kin)
 
-    def _sampling_row(self, item: Scheduled) -> SamplingRow:
+    def _sampling_row(self, item: Scheduled, allowed: Words | None) -> SamplingRow:
         sequence = item.sequence
         p, num_prompt = sequence.sampling, sequence.num_prompt_tokens
         position = item.start + item.count - num_prompt
         forbidden = [*self.base.eos_token_ids, *p.stop_token_ids] if position < p.min_tokens else []
         return SamplingRow(
-            p, sequence.tokens, num_prompt, position, forbidden, num_virtual=sequence.num_virtual or 0
+            p,
+            sequence.tokens,
+            num_prompt,
+            position,
+            forbidden,
+            allowed,
+            num_virtual=sequence.num_virtual or 0,
         )

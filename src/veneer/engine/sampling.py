@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from veneer.engine.grammars import Words
 from veneer.engine.messages import SamplingParams, TokenLogprobs
 from veneer.kernels.upload import upload
 
@@ -34,6 +35,7 @@ class SamplingRow:
     num_prompt: int  # tokens of the prompt, virtual ones included
     position: int  # tokens generated before the one to choose
     forbidden: Sequence[int] = ()  # token ids that may not be chosen now (end tokens below min_tokens)
+    allowed: Words | None = None  # what its grammar allows; None: every token
     num_virtual: int = 0  # tokens in front of the prompt that have no ids
 
     @property
@@ -50,7 +52,8 @@ class SamplingRow:
     def takes_largest(self) -> bool:
         """Whether the choice is the largest of the logits as they are."""
         p = self.params
-        return p.temperature <= 0 and not (p.logit_bias or self.forbidden or self.is_penalized)
+        changed = p.logit_bias or self.forbidden or self.is_penalized or self.allowed is not None
+        return p.temperature <= 0 and not changed
 
     def changes(self) -> Mapping[int, float]:
         """What logit_bias and forbidden tokens add to the logits, by token id."""
@@ -154,7 +157,8 @@ def sample(
     """Choose one token for each row.
 
     logits: [rows, vocabulary], any float type; not modified. Order of operations: logit_bias, forbidden
-    tokens, penalties, temperature, top_k, top_p, min_p. Log probabilities are those of the raw logits.
+    tokens, the grammar's mask, penalties, temperature, top_k, top_p, min_p. Log probabilities are those of the
+    raw logits.
     tokens: int64 [rows], the argmax of each row, if it is there already; becomes the result.
     last: integers [rows], the last token of each row; needed when one is pending.
     """
@@ -174,6 +178,10 @@ def _choose(scores: torch.Tensor, rows: Sequence[SamplingRow], last: torch.Tenso
     if changes:
         row, token, change = upload(changes, np.float64, scores.device).unbind(1)
         scores[row.long(), token.long()] += change.float()
+    masked = {i: row.allowed for i, row in enumerate(rows) if row.allowed is not None}
+    if masked:
+        index = upload(list(masked), np.int64, scores.device)
+        scores[index] = _masked(scores[index], list(masked.values()))
     penalized = [i for i, row in enumerate(rows) if row.is_penalized]
     if penalized:
         index = upload(penalized, np.int64, scores.device)
@@ -184,6 +192,16 @@ def _choose(scores: torch.Tensor, rows: Sequence[SamplingRow], last: torch.Tenso
     if all(row.params.temperature <= 0 for row in rows):
         return greedy
     return _draw(scores, rows, greedy)
+
+
+def _masked(scores: torch.Tensor, allowed: Sequence[Words]) -> torch.Tensor:
+    """-inf for tokens without a bit, also those beyond the bits. A mask may have bits beyond the vocabulary."""
+    words = np.zeros((len(allowed), -(-scores.shape[1] // 32)), np.int32)
+    for row, mask in zip(words, allowed, strict=True):
+        row[: len(mask)] = mask[: len(row)]
+    bits = upload(words, np.int32, scores.device).unsqueeze(-1) >> torch.arange(32, device=scores.device)
+    forbidden = (bits & 1 == 0).view(len(allowed), -1)[:, : scores.shape[1]]
+    return scores.masked_fill(forbidden, float("-inf"))
 
 
 def _penalize(scores: torch.Tensor, rows: Sequence[SamplingRow], last: torch.Tensor | None) -> torch.Tensor:

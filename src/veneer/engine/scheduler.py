@@ -10,7 +10,8 @@ of a sequence alone (`Sequence.changes`); other rows are the base's.
 
 Everything goes in order of arrival, which a preempted sequence keeps: the earliest sequence always gets on, and
 each becomes the earliest in its turn. Only a lack of adapter slots lets others pass, and not for ever: after
-`slot_patience` the adapter whose slot was held longest must yield.
+`slot_patience` the adapter whose slot was held longest must yield. A sequence whose grammar is still being compiled
+lets others pass, too.
 """
 
 from __future__ import annotations
@@ -193,6 +194,10 @@ class Scheduler:
         """Take out all sequences of an adapter that cannot be loaded."""
         return self._remove_all(lambda sequence: sequence.adapter == digest)
 
+    def unmatched(self) -> list[Sequence]:
+        """Take out all sequences whose grammar was found wrong, or too costly."""
+        return self._remove_all(lambda each: each.matcher is not None and each.matcher.error is not None)
+
     def expired(self) -> list[Sequence]:
         """Take out all sequences whose deadline has passed."""
         now = self.clock()
@@ -230,8 +235,8 @@ class Scheduler:
         for sequence in list(self.waiting):
             if not budget or len(self.running) == self.max_num_seqs:
                 break
-            if not self._get_slot(sequence):
-                continue  # others need not wait for an adapter that is not there
+            if not self._may_start(sequence):
+                continue  # others need not wait for an adapter that is not there, or a grammar
             if not self.pool.can_allocate(sequence):
                 break  # smaller ones behind it would starve it; it keeps its slot meanwhile
             plan(sequence, self._start(sequence))
@@ -293,7 +298,7 @@ class Scheduler:
         if len(self.running) >= self.max_num_seqs:
             return False
         before, self._absent = self._absent, set()
-        first = next((sequence for sequence in list(self.waiting) if self._get_slot(sequence)), None)
+        first = next((sequence for sequence in list(self.waiting) if self._may_start(sequence)), None)
         self._absent |= before  # `schedule` goes by those of its own attempts
         return first is not None and self.pool.can_allocate(first)
 
@@ -316,6 +321,10 @@ class Scheduler:
         self.preemptions += 1
 
     # ---- slots ----------------------------------------------------------------------------------
+
+    def _may_start(self, sequence: Sequence) -> bool:
+        """Whether the sequence has all that is not pages."""
+        return (sequence.matcher is None or sequence.matcher.is_ready) and self._get_slot(sequence)
 
     def _get_slot(self, sequence: Sequence) -> bool:
         """Whether the sequence has what it needs of its adapter: a slot, or no adapter.

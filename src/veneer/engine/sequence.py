@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from veneer.adapters.reach import Reach, Span
+from veneer.engine.grammars import Matcher
 from veneer.engine.messages import SamplingParams
 
 VIRTUAL = -1  # stands for a virtual token: its keys and values are the adapter's, it has no id
@@ -32,6 +33,7 @@ class Sequence:
     adapter: str | None = None  # key of adapters/names.py; None = the base
     arrival: float = 0.0  # seconds on the scheduler's clock
     deadline: float | None = None  # seconds on the scheduler's clock
+    matcher: Matcher | None = None  # of the grammar that the output follows; the runner moves it
     num_prompt_tokens: int = field(init=False)  # virtual ones included
 
     # Set by the scheduler.
@@ -67,6 +69,10 @@ class Sequence:
         self.num_unplaced = 0 if reach.virtual_positions else virtual
         self.tokens[:0] = [VIRTUAL] * virtual
         self.num_prompt_tokens += virtual
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[self.num_prompt_tokens :]
 
     @property
     def is_running(self) -> bool:
