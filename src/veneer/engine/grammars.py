@@ -92,8 +92,9 @@ class Matcher:
             compiled, self.words, self._ends = self._compiling.result()
             self._state = compiled.deep_copy()
         new, self._taken = output[self._taken :], max(self._taken, len(output))
-        goes_on = self._state.consume_tokens(list(new)) and not self._ends.intersection(output[-1:])
-        return self._state if goes_on else None
+        if self._ends.intersection(new):  # nothing follows, and some states do not take them
+            return None
+        return self._state if self._state.consume_tokens(list(new)) else None
 
     def _named(self, reason: str) -> InvalidRequest:
         return InvalidRequest(f"{self._param}: {reason}.", param=self._param, code="invalid_grammar")
