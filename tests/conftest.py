@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 
 import httpx
 import pytest
+from tests.text_model import VOCABULARY, make_text_model
 
 ROOT = Path(__file__).parent.parent
 Value = TypeVar("Value")
 
-VOCABULARY = 128
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -84,6 +84,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return made[architecture]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def text_model(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama that writes text and reads chats."""
+    return make_text_model(tiny_model("llama"), tmp_path_factory.mktemp("text") / "text-model")
 
 
 def hash_of(text: str) -> int:

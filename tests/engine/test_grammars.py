@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 from tests.engine.adapters import save_lora
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tests.text_model import END, VOCABULARY, write_tokenizer
+from tokenizers import Tokenizer
 
 from veneer.engine import grammars
 from veneer.engine.grammar_text import (
@@ -32,55 +32,12 @@ from veneer.engine.messages import Cancel, Constraint, SamplingParams
 from veneer.engine.sampling import SamplingRow, sample
 from veneer.errors import InvalidRequest
 
-VOCABULARY = 128  # the tiny models'
-END = 2
-PAIRS = [
-    '{"',
-    '":',
-    '",',
-    '"}',
-    "[]",
-    "[{",
-    "},",
-    "true",
-    "false",
-    "null",
-    "ers",
-    "ing",
-    "00",
-    "10",
-    "\\n",
-    "\\u",
-]
 PROMPT = [5, 9, 40, 77]
 
 
-def write_tokenizer(file: Path, added: tuple[str, ...] = ()) -> None:
-    """Printable ASCII, a new line and a tab, some tokens of several characters, and `added` ones beyond it."""
-    stand_in = dict(zip("\n\t ", "ĊĉĠ", strict=True))  # of GPT-2's byte alphabet
-    letters = [stand_in.get(c, c) for c in ["\n", "\t", *map(chr, range(32, 127))]]
-    tokens, merges = ["<pad>", "<s>", "</s>", *letters], []
-    for text in PAIRS:
-        for size in range(2, len(text) + 1):
-            if text[:size] not in tokens and len(tokens) < VOCABULARY - 2:
-                tokens.append(text[:size])
-                merges.append((text[: size - 1], text[size - 1]))
-    tokens += [f"<unused{index}>" for index in range(VOCABULARY - len(tokens))]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    specials = [t for t in tokens if t.startswith("<") and len(t) > 2]
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in specials])
-    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in added])
-    tokenizer.save(str(file))
-
-
 @pytest.fixture(scope="module")
-def model(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text") / "model"
-    shutil.copytree(tiny_model("llama"), folder)
-    write_tokenizer(folder / "tokenizer.json")
-    return folder
+def model(text_model: Path) -> Path:
+    return text_model
 
 
 @pytest.fixture(scope="module")

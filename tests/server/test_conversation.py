@@ -42,8 +42,12 @@ def test_tool_calls_carry_their_arguments_as_data() -> None:
     assert found["content"] is None
     assert found["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 1}}
     assert unknown == []
-    with pytest.raises(InvalidRequest, match="does not know tool calls"):
-        convert(message)
+
+
+def test_calls_are_text_where_the_template_knows_none() -> None:
+    found, _ = convert({"role": "assistant", "content": "Let me see.", "tool_calls": [CALL, CALL]})
+    line = '{"name": "add", "arguments": {"a": 1}}'
+    assert found == {"role": "assistant", "content": f"Let me see.\n{line}\n{line}"}
 
 
 def test_reasoning_reaches_the_template_under_the_names_it_may_read() -> None:

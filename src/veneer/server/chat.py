@@ -17,6 +17,10 @@ from veneer.server.logprobs import chat_logprobs, prompt_logprobs
 from veneer.server.state import ServerState
 from veneer.server.streaming import Prepared, respond
 from veneer.server.text import TextTokenizer
+from veneer.server.tool_calls.message import Message
+from veneer.server.tool_calls.prompt import with_tools
+from veneer.server.tool_calls.registry import family_of
+from veneer.server.tool_calls.request import Tools, grammar_of, tools_of
 from veneer.server.wire import ChatRequest, Conversation
 
 router = APIRouter()
@@ -33,12 +37,16 @@ async def chat_completions(request: Request) -> Response:
 
 
 def prepare(state: ServerState, text: Text, body: ChatRequest) -> Prepared:
-    prompt = render(state, text, body)
+    source = text.template.source if text.template else ""
+    tools = tools_of(body, source, state.config.tool_call_parser)
+    grammar = grammar_of(body, tools, text.tokenizer)
+    prompt = render(state, text, body, tools)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return Prepared([prompt], "messages", logprobs, ChatFormat(state, text.tokenizer, body, prompt))
+    answer = ChatFormat(state, text.tokenizer, body, prompt, tools)
+    return Prepared([prompt], "messages", logprobs, answer, grammar, tools.family.specials if tools else ())
 
 
-def render(state: ServerState, text: Text, body: Conversation) -> list[int]:
+def render(state: ServerState, text: Text, body: Conversation, tools: Tools | None = None) -> list[int]:
     """The conversation as tokens. Raises InvalidRequest."""
     template = text.template
     if template is None:
@@ -47,11 +55,16 @@ def render(state: ServerState, text: Text, body: Conversation) -> list[int]:
     for name in _OURS & body.chat_template_kwargs.keys():
         param = f"chat_template_kwargs.{name}"
         raise InvalidRequest(f"{param} is set by the server; leave it out.", param=param)
+    family = tools.family if tools else family_of(template.source, state.config.tool_call_parser)
+    messages = template_messages(body.messages, template.source, state.metrics.unknown_field, family)
+    if tools and not tools.rendered:
+        messages = with_tools(messages, tools.described, family)
     rendered = template.render(
-        template_messages(body.messages, template.source, state.metrics.unknown_field),
+        messages,
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         variables=body.chat_template_kwargs,
+        tools=tools.described if tools and tools.rendered else (),
     )
     return text.tokenizer.encode(rendered, add_special_tokens=body.add_special_tokens)
 
@@ -60,7 +73,12 @@ class ChatFormat:
     """OpenAI's `CreateChatCompletionResponse` and its chunks."""
 
     def __init__(
-        self, state: ServerState, tokenizer: TextTokenizer, body: ChatRequest, prompt: list[int]
+        self,
+        state: ServerState,
+        tokenizer: TextTokenizer,
+        body: ChatRequest,
+        prompt: list[int],
+        tools: Tools | None,
     ) -> None:
         self._tokenizer = tokenizer
         self._prompt, self._prompt_count = prompt, body.prompt_logprobs
@@ -74,35 +92,40 @@ class ChatFormat:
         }
         if body.service_tier is not None:
             self._frame["service_tier"] = "default"
-        self._texts = [""] * body.n
+        self._messages = [Message(tools) for _ in range(body.n)]
         self._logprobs: list[list[Logprob]] = [[] for _ in range(body.n)]
         self._last: list[Delta | None] = [None] * body.n
-        self._begun: set[int] = set()
 
     def chunks(self, delta: Delta) -> list[dict[str, Any]]:
-        found = []
-        if delta.choice not in self._begun:
-            self._begun.add(delta.choice)
-            found.append(self._chunk(delta.choice, {"role": "assistant", "content": ""}))
-        if delta.text or delta.logprobs:
-            found.append(self._chunk(delta.choice, {"content": delta.text}, self._wire(delta.logprobs)))
+        deltas = self._take(delta)
+        if delta.logprobs and not any("role" not in each for each in deltas):
+            deltas.append({"content": ""})
+        found = [self._chunk(delta.choice, each) for each in deltas]
+        if delta.logprobs:  # with the first that is news
+            first = next(chunk for chunk, each in zip(found, deltas, strict=True) if "role" not in each)
+            first["choices"][0]["logprobs"] = self._wire(delta.logprobs)
         if delta.finish_reason:
             found.append(self._chunk(delta.choice, {}, end=delta))
         return found
 
-    def _chunk(
-        self, index: int, delta: dict[str, Any], logprobs: Any = None, end: Delta | None = None
-    ) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+    def _take(self, delta: Delta) -> list[dict[str, Any]]:
+        return self._messages[delta.choice].take(delta.text, final=delta.finish_reason is not None)
+
+    def _chunk(self, index: int, delta: dict[str, Any], end: Delta | None = None) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
         if end:
-            choice |= {"finish_reason": end.finish_reason, "stop_reason": end.stop_reason}
+            choice |= {"finish_reason": self._reason(end), "stop_reason": end.stop_reason}
         return self._frame | {"object": "chat.completion.chunk", "choices": [choice]}
+
+    def _reason(self, end: Delta) -> str | None:
+        called = self._messages[end.choice].has_calls
+        return "tool_calls" if called and end.finish_reason == "stop" else end.finish_reason
 
     def usage_chunk(self, usage: Usage) -> dict[str, Any]:
         return self._frame | {"object": "chat.completion.chunk", "choices": [], "usage": usage.wire()}
 
     def add(self, delta: Delta) -> None:
-        self._texts[delta.choice] += delta.text
+        self._take(delta)
         self._logprobs[delta.choice] += delta.logprobs
         self._last[delta.choice] = delta
         self._prompt_scores = self._prompt_scores or delta.prompt  # every choice has the same
@@ -111,13 +134,13 @@ class ChatFormat:
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": text, "refusal": None},
+                "message": message.whole(),
                 "logprobs": self._wire(logprobs),
-                "finish_reason": last.finish_reason if last else None,
+                "finish_reason": self._reason(last) if last else None,
                 "stop_reason": last.stop_reason if last else None,
             }
-            for index, (text, logprobs, last) in enumerate(
-                zip(self._texts, self._logprobs, self._last, strict=True)
+            for index, (message, logprobs, last) in enumerate(
+                zip(self._messages, self._logprobs, self._last, strict=True)
             )
         ]
         answer: dict[str, Any] = {"object": "chat.completion", "choices": choices, "usage": usage.wire()}

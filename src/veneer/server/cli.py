@@ -17,6 +17,7 @@ from typing import get_args
 import veneer
 from veneer.engine.source import DEFAULT_MODEL
 from veneer.errors import VeneerError
+from veneer.server.tool_calls.registry import FAMILIES
 from veneer.training.metrics import Metric
 from veneer.training.recipe import Kind
 
@@ -147,6 +148,11 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     )
     http.add_argument(
         "--admin-api-key", help="needed to add, change and delete adapters (also VENEER_ADMIN_API_KEY)"
+    )
+    http.add_argument(
+        "--tool-call-parser",
+        choices=sorted(FAMILIES),
+        help="the form of function calls (seen from the chat template)",
     )
     http.add_argument(
         "--request-timeout",

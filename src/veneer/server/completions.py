@@ -13,6 +13,7 @@ from veneer.server.generation import Delta, Logprob, Usage
 from veneer.server.logprobs import completion_logprobs, echoed, prompt_logprobs
 from veneer.server.state import ServerState
 from veneer.server.streaming import Prepared, respond
+from veneer.server.structured import answer_grammar
 from veneer.server.text import TextTokenizer
 from veneer.server.wire import CompletionRequest
 
@@ -37,7 +38,8 @@ def prepare(state: ServerState, text: Text, body: CompletionRequest) -> Prepared
     many = isinstance(given, list) and not isinstance(given[0], int)
     prompts = [_prompt(text, body, each) for each in cast(list[str | list[int]], given if many else [given])]
     answer = CompletionFormat(state, text.tokenizer, body, prompts)
-    return Prepared([prompt.tokens for prompt in prompts], "prompt", body.logprobs, answer)
+    grammar = answer_grammar(body.response_format, body.structured_outputs)
+    return Prepared([prompt.tokens for prompt in prompts], "prompt", body.logprobs, answer, grammar)
 
 
 def _prompt(text: Text, body: CompletionRequest, given: str | list[int]) -> Prompt:

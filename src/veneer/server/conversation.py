@@ -9,6 +9,9 @@ from typing import Any
 import msgspec
 
 from veneer.errors import InvalidRequest
+from veneer.server.tool_calls.family import Family
+from veneer.server.tool_calls.plain_json import JSON
+from veneer.server.tool_calls.prompt import without_calls
 
 _FIELDS = {
     "system": {"name"},
@@ -31,16 +34,21 @@ _FALLBACK = {"developer": "system", "tool": "user", "function": "user"}
 
 
 def template_messages(
-    messages: Sequence[dict[str, Any]], template_source: str, unknown: Callable[[str], None]
+    messages: Sequence[dict[str, Any]],
+    template_source: str,
+    unknown: Callable[[str], None],
+    family: Family = JSON,
 ) -> list[dict[str, Any]]:
     """Messages for `ChatTemplate.render`: text parts are joined by newlines, as vLLM does.
 
-    Roles that the template does not mention are mapped (developer to system, tool results to user). `unknown`
-    is told of fields nobody documents. Raises InvalidRequest that names the place.
+    Roles that the template does not mention are mapped (developer to system, tool results to user), and calls in
+    one that knows none become text in the form of `family`. `unknown` is told of fields nobody documents. Raises
+    InvalidRequest that names the place.
     """
-    return [
+    found = [
         _message(f"messages[{i}]", message, template_source, unknown) for i, message in enumerate(messages)
     ]
+    return found if "tool_calls" in template_source else [without_calls(each, family) for each in found]
 
 
 def _message(
@@ -58,7 +66,7 @@ def _message(
     for name in ("name", "refusal", "tool_call_id", "reasoning_content", "reasoning"):
         if not isinstance(given.get(name, ""), str):
             raise _fault(f"{place}.{name}", "must be text", given[name])
-    calls = _tool_calls(f"{place}.tool_calls", given.get("tool_calls") or [], source)
+    calls = _tool_calls(f"{place}.tool_calls", given.get("tool_calls") or [])
     found: dict[str, Any] = {"role": _role(role, source), "content": _content(place, given, bool(calls))}
     if calls:
         found["tool_calls"] = calls
@@ -100,10 +108,8 @@ def _part(place: str, part: Any) -> str:
     return str(part[kind])
 
 
-def _tool_calls(place: str, calls: Any, source: str) -> list[dict[str, Any]]:
+def _tool_calls(place: str, calls: Any) -> list[dict[str, Any]]:
     """Calls the assistant made earlier. Templates want their arguments as data, not as JSON text."""
-    if calls and "tool_calls" not in source:
-        raise InvalidRequest(f"{place}: the model's chat template does not know tool calls.", param=place)
     try:
         return [
             {

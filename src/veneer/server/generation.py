@@ -13,11 +13,19 @@ from typing import Any, NamedTuple, Self
 from veneer.adapters.names import Base, adapter_key, parse_selector
 from veneer.adapters.saved_blends import Blend, Served
 from veneer.engine.client import Generation, NewSequence
-from veneer.engine.messages import AdapterInfo, EngineInfo, SamplingParams, SequenceOutput, TokenLogprobs
+from veneer.engine.messages import (
+    AdapterInfo,
+    Constraint,
+    EngineInfo,
+    SamplingParams,
+    SequenceOutput,
+    TokenLogprobs,
+)
 from veneer.errors import InvalidRequest, NotFound
 from veneer.server.adapter_text import Text
 from veneer.server.blend_wire import Mixture, make_blend
 from veneer.server.state import ServerState
+from veneer.server.structured import Grammar
 from veneer.server.text import Entry, TextStream
 from veneer.server.wire import ChatRequest, CompletionRequest, GenerationRequest
 
@@ -118,6 +126,7 @@ def sampling_params(
     seed: int,
     logprobs: int | None,
     end_tokens: Sequence[int] = (),
+    constraint: Constraint | None = None,
 ) -> SamplingParams:
     """The engine's view of a body; `end_tokens` end the sequence beside the base's.
 
@@ -130,6 +139,12 @@ def sampling_params(
     if body.min_tokens > max_tokens:
         message = f"min_tokens={body.min_tokens} is more than the {max_tokens} tokens that may be generated."
         raise InvalidRequest(message, param="min_tokens")
+    if constraint is not None and (body.ignore_eos or body.min_tokens):
+        name = "ignore_eos" if body.ignore_eos else "min_tokens"
+        message = (
+            f"{name} cannot come with {constraint.param}, whose text may end before; leave one of them out."
+        )
+        raise InvalidRequest(message, param=name)
     # top_p = 0 keeps the most likely token alone, which is top_k = 1.
     top_k = 1 if body.top_p == 0 else min(max(body.top_k, 0), vocabulary)
     return SamplingParams(
@@ -148,6 +163,7 @@ def sampling_params(
         ignore_eos=body.ignore_eos,
         logprobs=logprobs,
         prompt_logprobs=body.prompt_scores,
+        constraint=constraint,
     )
 
 
@@ -228,6 +244,8 @@ class Run:
         adapter: Served | None,
         param: str,
         logprobs: int | None,
+        grammar: Grammar | None,
+        shown: Sequence[str],
         received: float,
         blend: AdapterInfo | None = None,
     ) -> None:
@@ -245,13 +263,22 @@ class Run:
         details = adapter.details if adapter else {}
         virtual_tokens = int(details.get("virtual_tokens", 0))
         vocabulary = vocabulary_of(info, adapter)
+        own = text.tokenizer is not state.texts.base.tokenizer
+        constraint = grammar and Constraint(
+            grammar=grammar.text,
+            param=grammar.param,
+            tokenizer=adapter.digest if adapter and own else None,
+            end_tokens=text.end_tokens,
+        )
+        found = (text.tokenizer.token_id(token) for token in shown)
+        self._shown = frozenset(token for token in found if token is not None)
         self._sequences: list[NewSequence] = []
         for prompt in prompts:
             check_tokens(prompt, vocabulary, param)
             limit = token_limit(body, prompt, info, param, virtual_tokens)
             for choice in range(body.n):
                 sampling = sampling_params(
-                    body, vocabulary, limit, derived_seed(seed, choice), logprobs, text.end_tokens
+                    body, vocabulary, limit, derived_seed(seed, choice), logprobs, text.end_tokens, constraint
                 )
                 self._sequences.append(NewSequence(prompt, sampling))
         self._choices = [_Choice(self._text_stream(prompt)) for prompt, _ in self._sequences]
@@ -271,6 +298,7 @@ class Run:
             include_stop=body.include_stop_str_in_output,
             skip_special_tokens=body.skip_special_tokens,
             min_tokens=body.min_tokens,
+            shown=self._shown,
         )
 
     def __enter__(self) -> Self:

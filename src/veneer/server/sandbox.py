@@ -43,6 +43,7 @@ class _Job(msgspec.Struct):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     variables: dict[str, Any] = {}
+    tools: list[dict[str, Any]] = []
 
 
 class _Answer(msgspec.Struct):
@@ -109,6 +110,7 @@ class SandboxedTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
         """The prompt's text, as `ChatTemplate.render`; it may take seconds. Raises InvalidRequest."""
         chat = [dict(message) for message in messages]
@@ -120,6 +122,7 @@ class SandboxedTemplate:
                 add_generation_prompt,
                 continue_final_message,
                 dict(variables or {}),
+                [dict(tool) for tool in tools],
             )
         )
 
@@ -230,6 +233,7 @@ def _answer(data: bytes, compiled: Any) -> _Answer:
             add_generation_prompt=job.add_generation_prompt,
             continue_final_message=job.continue_final_message,
             variables=job.variables,
+            tools=job.tools,
         )
         size = len(text.encode())
     except InvalidRequest as error:

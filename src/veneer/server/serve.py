@@ -95,6 +95,7 @@ def options_from(arguments: argparse.Namespace, folder: Path) -> ServeOptions:
         max_unfinished_jobs=arguments.max_unfinished_jobs,
         max_checkpoints=arguments.max_checkpoints,
         request_timeout=arguments.request_timeout or None,
+        tool_call_parser=arguments.tool_call_parser,
     )
     engine = EngineConfig(
         model=str(folder),

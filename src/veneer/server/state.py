@@ -40,6 +40,7 @@ class ServerConfig:
     max_body_bytes: int = 16 << 20  # of a JSON request
     request_timeout: float | None = None  # seconds; the limit of every generation request
     max_models: int = 1000  # entries of /v1/models
+    tool_call_parser: str | None = None  # of tool_calls/registry.py; None: seen from the chat template
     max_sequences: int = 1024  # sequences (prompts times n) of one request
     max_file_bytes: int = 512 << 20  # of one file of /v1/files
     max_files: int = 1000  # that clients may store

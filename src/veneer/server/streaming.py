@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from functools import partial
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -27,6 +27,7 @@ from veneer.server.adapter_text import Text
 from veneer.server.errors import INTERNAL, error_body
 from veneer.server.generation import Delta, Run, Usage, select_adapter
 from veneer.server.state import ServerState, state_of
+from veneer.server.structured import Grammar
 from veneer.server.wire import GenerationRequest, read_body
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,8 @@ class Prepared(NamedTuple):
     param: str  # the field that the prompts came from
     logprobs: int | None  # for `SamplingParams`
     format: Format
+    grammar: Grammar | None = None  # of the answers
+    shown: Sequence[str] = ()  # special tokens that the format reads in an answer's text
 
 
 Prepare = Callable[[ServerState, Text, Body], Prepared]
@@ -148,6 +151,8 @@ class _Exchange(Generic[Body]):
                 adapter=adapter,
                 param=ready.param,
                 logprobs=ready.logprobs,
+                grammar=ready.grammar,
+                shown=ready.shown,
                 received=self._received,
                 blend=self._blend,
             ) as run:

@@ -46,6 +46,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
         """The prompt's text. Raises InvalidRequest when the template refuses the messages."""
         chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
@@ -56,7 +57,7 @@ class ChatTemplate:
         given = {**self._special_tokens, **(variables or {})}
         given |= {"messages": chat, "add_generation_prompt": add_generation_prompt}
         try:
-            text = self._template.render(**{"tools": None, "documents": None} | given)
+            text = self._template.render(**{"tools": list(tools) or None, "documents": None} | given)
         except jinja2.TemplateError as error:
             message = f"messages: the model's chat template refuses this conversation: {error.message}"
             raise InvalidRequest(message, param="messages") from error

@@ -13,7 +13,7 @@ import json
 import re
 import reprlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -142,7 +142,8 @@ class TextStream:
     """The growing text of one sequence.
 
     `stop`: strings that end it. A sequence ends at the stop string that is complete first; of several that
-    complete with the same character, the longest. The first `min_tokens` tokens are not searched.
+    complete with the same character, the longest. The first `min_tokens` tokens are not searched. `shown`: special
+    tokens that are never skipped.
     """
 
     def __init__(
@@ -154,11 +155,12 @@ class TextStream:
         include_stop: bool = False,
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
+        shown: Collection[int] = (),
     ) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
         self._include_stop = include_stop
-        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._skip = tokenizer.special_ids.difference(shown) if skip_special_tokens else frozenset[int]()
         self._drop_space = tokenizer.drops_space_after(prompt, skip_special_tokens)
         self._min_tokens = min_tokens
         self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")

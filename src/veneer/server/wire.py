@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from veneer.errors import InvalidRequest, TooLarge
 from veneer.server.blend_wire import MergedAdapters, Mixture, Rank, WeightedAdapters
 from veneer.server.errors import pydantic_error
+from veneer.server.fields import ResponseFormat, StructuredOutputs, Tool, ToolChoice
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,8 @@ class GenerationRequest(Strict):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] = []
     ignore_eos: bool = False
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    response_format: ResponseFormat | None = None  # OpenAI's for chat; vLLM has it on both routes
+    structured_outputs: StructuredOutputs | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
@@ -105,6 +108,9 @@ class ChatRequest(GenerationRequest, Conversation):
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] = []
+    tool_choice: ToolChoice | None = None  # auto when there are tools
+    parallel_tool_calls: bool = True
     service_tier: Literal["auto", "default"] | None = None
 
 
@@ -162,8 +168,7 @@ class NotHonoured(NamedTuple):
 
 _LATER: Final = "this release does not have it"
 _TEXT: Final = "this server answers with plain text"
-_TOOLS: Final = "tools come in a later release; leave it out"
-_GRAMMAR: Final = "constrained output comes in a later release"
+_GUIDED: Final = "vLLM has replaced it; use structured_outputs"
 _TRANSFER: Final = "this server does not move caches between servers"
 
 NOT_HONOURED: Final[dict[str, NotHonoured]] = {
@@ -178,12 +183,8 @@ NOT_HONOURED: Final[dict[str, NotHonoured]] = {
     "store": NotHonoured(only(False), "this server stores no completions"),
     "modalities": NotHonoured(only(["text"]), _TEXT),
     "audio": NotHonoured(only(), _TEXT),
-    "response_format": NotHonoured(only({"type": "text"}), f"{_GRAMMAR}; {{'type': 'text'}} is accepted"),
-    "tools": NotHonoured(empty, _TOOLS),
-    "functions": NotHonoured(empty, _TOOLS),
-    "tool_choice": NotHonoured(only("none"), _TOOLS),
-    "function_call": NotHonoured(only("none"), _TOOLS),
-    "parallel_tool_calls": NotHonoured(only(True, False), _TOOLS),
+    "functions": NotHonoured(empty, "OpenAI has replaced it; use tools"),
+    "function_call": NotHonoured(only("none"), "OpenAI has replaced it; use tool_choice"),
     "prediction": NotHonoured(only(), _LATER),
     "web_search_options": NotHonoured(only(), "this server does not search the web"),
     "moderation": NotHonoured(only(), "this server has no moderation"),
@@ -207,14 +208,13 @@ NOT_HONOURED: Final[dict[str, NotHonoured]] = {
     "chat_template": NotHonoured(only(), "templates come with the model, never with a request"),
     "media_io_kwargs": NotHonoured(empty, _TEXT),
     "mm_processor_kwargs": NotHonoured(empty, _TEXT),
-    "structured_outputs": NotHonoured(only(), _GRAMMAR),
-    "guided_json": NotHonoured(only(), _GRAMMAR),
-    "guided_regex": NotHonoured(only(), _GRAMMAR),
-    "guided_choice": NotHonoured(only(), _GRAMMAR),
-    "guided_grammar": NotHonoured(only(), _GRAMMAR),
-    "guided_decoding_backend": NotHonoured(only(), _GRAMMAR),
-    "guided_whitespace_pattern": NotHonoured(only(), _GRAMMAR),
-    "structural_tag": NotHonoured(only(), _GRAMMAR),
+    "guided_json": NotHonoured(only(), _GUIDED),
+    "guided_regex": NotHonoured(only(), _GUIDED),
+    "guided_choice": NotHonoured(only(), _GUIDED),
+    "guided_grammar": NotHonoured(only(), _GUIDED),
+    "guided_decoding_backend": NotHonoured(only(), "there is one way; leave it out"),
+    "guided_whitespace_pattern": NotHonoured(only(), _GUIDED),
+    "structural_tag": NotHonoured(only(), "use tools, or structured_outputs with a grammar"),
     "priority": NotHonoured(only(0), "requests are served first come, first served"),
     "request_id": NotHonoured(only(), "the server names requests itself; the reply's id says how"),
     "session_id": NotHonoured(anything, ""),  # a routing hint
