@@ -52,12 +52,12 @@ class Colour(Enum):
     BLUE = "blue"
 
 
-class Part(BaseModel):
+class Part(BaseModel, extra="forbid"):
     kind: Literal["wheel", "door"]
     count: int = Field(ge=0, le=50)
 
 
-class Car(BaseModel):
+class Car(BaseModel, extra="forbid"):
     """No field may grow for ever: a random model would not stop."""
 
     colour: Colour
@@ -145,10 +145,7 @@ def test_free_and_constrained_requests_share_steps_and_may_be_cancelled(server: 
             )
             await anext(aiter(endless))
             together = await asyncio.gather(
-                *(
-                    make(model=MODEL, messages=HELLO, max_tokens=400, response_format=form, seed=i)
-                    for i in range(8)
-                ),
+                *(make(**free | car | {"seed": seed}) for seed in range(8)),
                 *(make(**free) for _ in range(4)),
             )
             await endless.close()

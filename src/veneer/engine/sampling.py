@@ -195,13 +195,13 @@ def _choose(scores: torch.Tensor, rows: Sequence[SamplingRow], last: torch.Tenso
 
 
 def _masked(scores: torch.Tensor, allowed: Sequence[Words]) -> torch.Tensor:
-    """-inf for tokens without a bit, also those beyond the bits. A mask may have bits beyond the vocabulary."""
+    """In place, -inf for tokens without a bit, also those beyond the bits. Masks may go beyond the vocabulary."""
     words = np.zeros((len(allowed), -(-scores.shape[1] // 32)), np.int32)
     for row, mask in zip(words, allowed, strict=True):
         row[: len(mask)] = mask[: len(row)]
-    bits = upload(words, np.int32, scores.device).unsqueeze(-1) >> torch.arange(32, device=scores.device)
-    forbidden = (bits & 1 == 0).view(len(allowed), -1)[:, : scores.shape[1]]
-    return scores.masked_fill(forbidden, float("-inf"))
+    places = 1 << torch.arange(32, dtype=torch.int32, device=scores.device)
+    bits = upload(words, np.int32, scores.device).unsqueeze(-1) & places
+    return scores.masked_fill_(bits.view(len(allowed), -1)[:, : scores.shape[1]] == 0, float("-inf"))
 
 
 def _penalize(scores: torch.Tensor, rows: Sequence[SamplingRow], last: torch.Tensor | None) -> torch.Tensor:
