@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import os
 import signal
@@ -482,3 +483,44 @@ def test_a_merge_answers_like_its_blend(client: OpenAI, server: LiveServer) -> N
     assert blend.usage.model_dump()["blend"]["rank"] >= merged["rank"]
     cut = greedy(client, messages=SENTENCE, extra_body=weights | {"max_rank": 2})
     assert 0 < cut.usage.model_dump()["blend"]["error"] < 1
+
+
+# ---- structure and tools -------------------------------------------------------------------------
+
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather in a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "unit": {"enum": ["celsius", "fahrenheit"]}},
+            "required": ["city", "unit"],
+            "additionalProperties": False,
+        },
+        "strict": True,
+    },
+}
+
+
+def test_the_base_calls_a_function_and_reads_its_result(client: OpenAI) -> None:
+    """SmolLM2's chat template knows no tools; they are described in words."""
+    asked: list[Any] = [{"role": "user", "content": "What is the weather in Paris, in celsius?"}]
+    reply = greedy(client, tokens=60, messages=asked, tools=[WEATHER], tool_choice="required")
+    message = reply.choices[0].message
+    assert reply.choices[0].finish_reason == "tool_calls"
+    call = message.tool_calls[0]
+    assert call.function.name == "get_weather"
+    arguments = json.loads(call.function.arguments)
+    assert arguments["unit"] in ("celsius", "fahrenheit")
+    assert "Paris" in arguments["city"]
+    result = {"role": "tool", "tool_call_id": call.id, "content": "18 degrees and sunny"}
+    answer = greedy(client, tokens=30, messages=[*asked, message, result])
+    assert answer.choices[0].message.content
+
+
+def test_an_adapter_answers_in_the_form_of_a_schema(client: OpenAI) -> None:
+    schema = {"enum": ["negated", "not negated"]}
+    form = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": schema, "strict": True}}
+    reply = greedy(client, "negate", messages=SENTENCE, response_format=form)
+    assert json.loads(reply.choices[0].message.content) in schema["enum"]

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.model
 
 README = (ROOT / "README.md").read_text()
 LIKELIHOODS = (ROOT / "docs" / "likelihoods.md").read_text()
+STRUCTURE = [(ROOT / "docs" / name).read_text() for name in ("structured-output.md", "tools.md")]
 EXAMPLES = ROOT / "examples"
 DEMOS = sorted(path.parent.name for path in EXAMPLES.glob("*/adapter_config.json"))
 BIN = Path(sys.executable).parent
@@ -88,8 +89,11 @@ def replies(output: str) -> Iterator[dict[str, Any]]:
 # ---- commands ------------------------------------------------------------------------------------
 
 
+SHELL = [block for page in (README, LIKELIHOODS, *STRUCTURE) for block in blocks("bash", page)]
+
+
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
-@pytest.mark.parametrize("block", blocks("bash") + blocks("bash", LIKELIHOODS))
+@pytest.mark.parametrize("block", SHELL)
 def test_the_shell_commands(server: LiveServer, tmp_path: Path, block: str) -> None:
     """What changes something twice: it must work for a reader who tries it again."""
     documented = re.findall(r"^# → (.*)$", block, re.MULTILINE)
@@ -108,6 +112,11 @@ def test_the_python_program(server: LiveServer, tmp_path: Path, block: str) -> N
         assert line in printed.splitlines()
     for model in server.http.get("/v1/models").json()["data"]:
         assert re.search(rf"^{model['id']} → \S", printed, re.MULTILINE)
+
+
+@pytest.mark.parametrize("block", [block for page in STRUCTURE for block in blocks("python", page)])
+def test_the_programs_about_structure_and_tools(server: LiveServer, tmp_path: Path, block: str) -> None:
+    assert run(server, ["python", "-c", at(server, block)], tmp_path).strip()
 
 
 @pytest.mark.parametrize("name", DEMOS)
