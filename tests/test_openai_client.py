@@ -338,7 +338,7 @@ def test_prompt_logprobs(client: OpenAI, scores: Callable[[str, list[int]], Any]
 # ---- refusals ------------------------------------------------------------------------------------
 
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
-SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"uniqueItems": True}}}
 
 
 @pytest.mark.parametrize("model", ["gpt-5", "negate@2", "negate@x", "other:negate", f"{BASE}@1", "../negate"])
@@ -352,8 +352,8 @@ def test_an_unknown_model(client: OpenAI, model: str) -> None:
 @pytest.mark.parametrize(
     ("param", "code", "fields"),
     [
-        ("tools", "unsupported_parameter", {"tools": [TOOL]}),
-        ("response_format", "unsupported_parameter", {"response_format": SCHEMA}),
+        ("functions", "unsupported_parameter", {"functions": [{"name": "f"}]}),
+        ("response_format.json_schema.schema", "invalid_schema", {"response_format": SCHEMA}),
         ("messages", "context_length_exceeded", {"messages": [{"role": "user", "content": "word " * 9000}]}),
         ("messages", "context_length_exceeded", {"max_tokens": 100_000}),
         ("temperature", "invalid_value", {"temperature": 3}),
@@ -506,7 +506,8 @@ WEATHER: Any = {
 def test_the_base_calls_a_function_and_reads_its_result(client: OpenAI) -> None:
     """SmolLM2's chat template knows no tools; they are described in words."""
     asked: list[Any] = [{"role": "user", "content": "What is the weather in Paris, in celsius?"}]
-    reply = greedy(client, tokens=60, messages=asked, tools=[WEATHER], tool_choice="required")
+    only_one: Any = {"tool_choice": "required", "parallel_tool_calls": False}
+    reply = greedy(client, tokens=60, messages=asked, tools=[WEATHER], **only_one)
     message = reply.choices[0].message
     assert reply.choices[0].finish_reason == "tool_calls"
     call = message.tool_calls[0]

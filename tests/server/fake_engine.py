@@ -118,7 +118,7 @@ class Sequence:
             logprobs=logprobs,
             finish_reason=reason,
             stop_token=token if stops else None,
-            cached_tokens=len(self.request.prompt) // 2 if self.count == 1 else 0,
+            cached_tokens=len(self.request.prompt) // 2,
         )
 
 
