@@ -337,7 +337,6 @@ def test_prompt_logprobs(client: OpenAI, scores: Callable[[str, list[int]], Any]
 
 # ---- refusals ------------------------------------------------------------------------------------
 
-TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"uniqueItems": True}}}
 
 

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
@@ -42,6 +42,7 @@ class Text:
     special_tokens: Mapping[str, str]  # that a template sees
     end_tokens: tuple[int, ...] = ()  # that end a sequence, beside those of the base
     tokenizer_bytes: int = 0  # of the file of a tokenizer that is not the base's
+    tokenizer_of: str | None = None  # digest of the adapter that brought it; None: the base's
 
     def is_like(self, other: Text) -> bool:
         """Whether requests are read and written with both in the same way."""
@@ -144,7 +145,9 @@ class AdapterTexts:
     def _load(self, digest: str) -> Text:
         with self._loading:
             if digest not in self._texts:
-                self._texts[digest] = self.read(self._blob(digest))
+                text = self.read(self._blob(digest))
+                own = text.tokenizer is not self.base.tokenizer
+                self._texts[digest] = replace(text, tokenizer_of=digest if own else None)
             self._texts.move_to_end(digest)
             text = self._texts[digest]
             while len(self._texts) > 1 and self._is_full():

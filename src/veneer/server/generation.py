@@ -263,11 +263,10 @@ class Run:
         details = adapter.details if adapter else {}
         virtual_tokens = int(details.get("virtual_tokens", 0))
         vocabulary = vocabulary_of(info, adapter)
-        own = text.tokenizer is not state.texts.base.tokenizer
         constraint = grammar and Constraint(
             grammar=grammar.text,
             param=grammar.param,
-            tokenizer=adapter.digest if adapter and own else None,
+            tokenizer=text.tokenizer_of,
             end_tokens=text.end_tokens,
         )
         found = (text.tokenizer.token_id(token) for token in shown)
