@@ -361,7 +361,6 @@ def test_an_unknown_model(client: OpenAI, model: str) -> None:
         ("stop", "invalid_value", {"stop": ["a"] * 65}),
         ("logit_bias", "invalid_value", {"logit_bias": {"999999": 1}}),
         ("messages[0].role", "invalid_value", {"messages": [{"role": "pirate", "content": "Arr"}]}),
-        ("adapters", "unsupported_parameter", {"extra_body": {"adapters": [{"id": "negate", "weight": 1}]}}),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(
