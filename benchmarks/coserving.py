@@ -32,7 +32,7 @@ from veneer.engine.engine import Engine
 from veneer.engine.source import resolve
 from veneer.engine.view import trainable_view
 from veneer.training.control import Stopped, turns
-from veneer.training.encoding import Encoded
+from veneer.training.data.encoding import Encoded
 from veneer.training.governor import Governor
 from veneer.training.kinds import Setting, make_trainable
 from veneer.training.process import SWITCH_INTERVAL, make_governor

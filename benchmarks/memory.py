@@ -1,4 +1,4 @@
-"""Peak memory of short trainings beside what `veneer plan` predicts (`veneer.training.footprint`): op `memory`.
+"""Peak memory of short trainings beside what `veneer plan` predicts: op `memory`.
 
 python -m benchmarks.memory [--cases lora,dpo] [--base MODEL] [--output benchmarks/results]
 
@@ -26,9 +26,9 @@ from transformers import AutoConfig
 from veneer.engine.base import Base, load_base, resolve_device, resolve_dtype, resolve_nf4_kernels
 from veneer.engine.source import resolve, served_name
 from veneer.engine.view import trainable_view
-from veneer.training.encoding import Encoded, EncodedPair
-from veneer.training.footprint import Load, Machine, predict
+from veneer.training.data.encoding import Encoded, EncodedPair
 from veneer.training.kinds import Setting, make_trainable
+from veneer.training.planning.footprint import Load, Machine, predict
 from veneer.training.recipe import Adapter, Training
 from veneer.training.trainer import Rows, Trainer
 

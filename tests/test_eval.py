@@ -13,7 +13,7 @@ from tests.conftest import ROOT, LiveServer
 
 from veneer.server.cli import main
 from veneer.server.eval_client import ServerModels
-from veneer.training.formats import Message
+from veneer.training.data.formats import Message
 
 pytestmark = pytest.mark.model
 

@@ -22,11 +22,11 @@ from veneer.server import eval_client
 from veneer.server.cli import build_parser, main
 from veneer.server.eval_client import ServerModels
 from veneer.server.state import ServerConfig
-from veneer.training.error_analysis import CATEGORIES
-from veneer.training.evaluate import Generation
-from veneer.training.evaluation_rows import read_evaluation_rows
-from veneer.training.formats import Message
-from veneer.training.metrics import Metric
+from veneer.training.data.formats import Message
+from veneer.training.evaluation.error_analysis import CATEGORIES
+from veneer.training.evaluation.evaluate import Generation
+from veneer.training.evaluation.metrics import Metric
+from veneer.training.evaluation.rows import read_evaluation_rows
 
 REPEATED = [{"prompt": text, "completion": text} for text in ("the quick fox", "one two three", "lazy dog.")]
 CHOICES = [{"prompt": "one two", "choices": ["three four five", "six"], "answer": 1}]

@@ -16,9 +16,9 @@ from tests.conftest import ROOT
 from tests.server.conftest import BASE, MakeServer, Server
 
 from veneer.server.cli import build_parser
-from veneer.training.hyperparameters import BATCH_SIZE, BETA, EPOCHS, LEARNING_RATE
-from veneer.training.job_events import MOST_STEPS
-from veneer.training.job_schema import Status
+from veneer.training.jobs.hyperparameters import BATCH_SIZE, BETA, EPOCHS, LEARNING_RATE
+from veneer.training.jobs.job_events import MOST_STEPS
+from veneer.training.jobs.job_schema import Status
 from veneer.training.recipe import Adapter, Training
 
 PAGE = (ROOT / "docs" / "fine-tuning.md").read_text()

@@ -27,7 +27,7 @@ from tests.server.jobs import (
 )
 
 from veneer.server.state import ServerConfig
-from veneer.training import job_events
+from veneer.training.jobs import job_events
 
 INTERRUPTED = "Training was interrupted and goes on from its last saved state"
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from veneer.adapters.store import AdapterStore
-from veneer.training.file_store import FileStore
-from veneer.training.job_schema import File, Job
-from veneer.training.job_store import JobStore, NewJob
+from veneer.training.jobs.file_store import FileStore
+from veneer.training.jobs.job_schema import File, Job
+from veneer.training.jobs.job_store import JobStore, NewJob
 from veneer.training.recipe import Training
 
 ROWS = b'{"prompt": "one", "completion": "two"}\n'

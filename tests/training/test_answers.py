@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from veneer.engine.base import load_base
 from veneer.errors import InvalidRequest
-from veneer.training.answers import Answers
+from veneer.training.evaluation.answers import Answers
 
 PROMPTS = [[5, 6, 7], [40, 41, 42, 43, 44, 45, 46], [9], [100, 30]]
 

@@ -9,7 +9,7 @@ from itertools import islice
 import pytest
 
 from veneer.errors import InvalidRequest
-from veneer.training.batching import batches, pack, packed_batches, steps_per_epoch
+from veneer.training.data.batching import batches, pack, packed_batches, steps_per_epoch
 
 
 @pytest.mark.parametrize(("count", "size"), [(1, 1), (1, 4), (7, 3), (8, 4), (5, 1)])

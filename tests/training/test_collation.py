@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from veneer.errors import InvalidRequest
-from veneer.training.collation import Batch, collate, collate_packed, collate_pairs, packing_mask
-from veneer.training.encoding import IGNORED, Encoded, EncodedPair
+from veneer.training.data.collation import Batch, collate, collate_packed, collate_pairs, packing_mask
+from veneer.training.data.encoding import IGNORED, Encoded, EncodedPair
 
 ROWS = [
     Encoded([5, 6, 7], [8, 2]),

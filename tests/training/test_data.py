@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from veneer.errors import InvalidRequest
-from veneer.training.data import (
+from veneer.training.data.formats import MAX_MESSAGES, Message, Pair, Row, Text
+from veneer.training.data.rows import (
     FAULTS_SHOWN,
     Fault,
     read_pairs,
@@ -18,7 +19,6 @@ from veneer.training.data import (
     scan,
     validate,
 )
-from veneer.training.formats import MAX_MESSAGES, Message, Pair, Row, Text
 
 GOOD = {"prompt": "p", "completion": "c"}
 ASKED = (Message("user", "p"),)

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from veneer.errors import InvalidRequest
-from veneer.training.data import read_rows, scan, validate
-from veneer.training.data_files import records
-from veneer.training.formats import Row
-from veneer.training.records import Limits, Record
+from veneer.training.data.files import records
+from veneer.training.data.formats import Row
+from veneer.training.data.records import Limits, Record
+from veneer.training.data.rows import read_rows, scan, validate
 
 GOOD = b'{"prompt": "p", "completion": "c"}\n'
 

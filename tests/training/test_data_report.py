@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from veneer.training.data_report import Length, describe, lengths_of, plot_lengths, rough_lengths
-from veneer.training.encoding import Encoder
-from veneer.training.formats import Message, Pair, Row, Text
-from veneer.training.truncation import fit
+from veneer.training.data.encoding import Encoder
+from veneer.training.data.formats import Message, Pair, Row, Text
+from veneer.training.data.report import Length, describe, lengths_of, plot_lengths, rough_lengths
+from veneer.training.data.truncation import fit
 
 USER = Message("user", "one two")
 ROWS = [

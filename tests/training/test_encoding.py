@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from veneer.errors import InvalidRequest
 from veneer.server.adapter_text import base_text
 from veneer.server.conversation import template_messages
-from veneer.training.encoding import IGNORED, Encoded, Encoder
-from veneer.training.formats import Message, Pair, Row, Text
+from veneer.training.data.encoding import IGNORED, Encoded, Encoder
+from veneer.training.data.formats import Message, Pair, Row, Text
 
 STOPS = [2]
 TALK = (

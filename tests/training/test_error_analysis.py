@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from veneer.training.error_analysis import CATEGORIES, categorize
+from veneer.training.evaluation.error_analysis import CATEGORIES, categorize
 
 EXPECTED = "They do not wash a warm coat."
 OBJECT = '{"who": "Ben", "day": "friday"}'

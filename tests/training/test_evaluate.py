@@ -11,9 +11,19 @@ from typing import Any
 import pytest
 
 from veneer.errors import InvalidRequest
-from veneer.training.confidence import mcnemar, wilson
-from veneer.training.evaluate import Answer, EvaluationResult, Generation, assess, evaluate, metrics_for
-from veneer.training.evaluation_rows import (
+from veneer.training.data.formats import Message, Row, Text
+from veneer.training.evaluation.confidence import mcnemar, wilson
+from veneer.training.evaluation.evaluate import (
+    Answer,
+    EvaluationResult,
+    Generation,
+    assess,
+    evaluate,
+    metrics_for,
+)
+from veneer.training.evaluation.gate import gate_passed
+from veneer.training.evaluation.metrics import Metric
+from veneer.training.evaluation.rows import (
     Choices,
     EvaluationRow,
     Turn,
@@ -21,9 +31,6 @@ from veneer.training.evaluation_rows import (
     prompt_of,
     read_evaluation_rows,
 )
-from veneer.training.formats import Message, Row, Text
-from veneer.training.gate import gate_passed
-from veneer.training.metrics import Metric
 from veneer.training.recipe import Gate
 
 ROWS = [Row((Message("user", f"q{n}"),), f"answer {n}", f"rows:{n}") for n in range(1, 9)]

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from veneer.training.evaluate import Answer, EvaluationResult, Generation, assess
-from veneer.training.evaluation_report import CHARACTERS, EXAMPLES, to_dict, to_html
-from veneer.training.evaluation_rows import Choices
-from veneer.training.formats import Message, Row, Text
+from veneer.training.data.formats import Message, Row, Text
+from veneer.training.evaluation.evaluate import Answer, EvaluationResult, Generation, assess
+from veneer.training.evaluation.report import CHARACTERS, EXAMPLES, to_dict, to_html
+from veneer.training.evaluation.rows import Choices
 
 HOSTILE = "<script>alert(1)</script>'\"&{{ 7 * 7 }}"
 NAMES = ["<b>base</b>", "$x$@1", "mine@2"]

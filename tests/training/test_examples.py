@@ -13,11 +13,11 @@ import torch
 from transformers import GenerationConfig
 
 from veneer.engine.source import DEFAULT_MODEL, resolve
-from veneer.training.data import read_rows
-from veneer.training.encoding import Encoded, Encoder
-from veneer.training.metrics import exact_match
+from veneer.training.data.encoding import Encoded, Encoder
+from veneer.training.data.rows import read_rows
+from veneer.training.data.splitting import check_apart
+from veneer.training.evaluation.metrics import exact_match
 from veneer.training.recipe import read_recipe
-from veneer.training.splitting import check_apart
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = ["negate", "past-tense", "reminder"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from veneer.errors import InvalidRequest
-from veneer.training.hyperparameters import LEARNING_RATE, METHODS, Method, described, resolve
+from veneer.training.jobs.hyperparameters import LEARNING_RATE, METHODS, Method, described, resolve
 from veneer.training.recipe import Training
 
 

@@ -16,8 +16,8 @@ from sqlalchemy.schema import CreateTable
 from tests.training.job_files import ROWS, create, events, on_disk, opened, put, step
 
 from veneer.errors import Conflict, InvalidRequest, NotFound, QueueFull, StorageFull, VeneerError
-from veneer.training.job_schema import Base
-from veneer.training.job_store import KEPT_FAILURES, MOST_DEATHS, JobStore
+from veneer.training.jobs.job_schema import Base
+from veneer.training.jobs.job_store import KEPT_FAILURES, MOST_DEATHS, JobStore
 from veneer.training.recipe import Training
 
 

@@ -21,7 +21,7 @@ from tests.conftest import ROOT
 from tests.training.job_files import ROWS, create, events, on_disk, opened, put, step
 
 from veneer.errors import VeneerError
-from veneer.training.job_store import JobStore
+from veneer.training.jobs.job_store import JobStore
 
 
 def ids(jobs: JobStore) -> list[str]:

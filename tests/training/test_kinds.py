@@ -14,10 +14,10 @@ import torch
 from veneer.engine.base import Base, load_base
 from veneer.engine.view import FrozenLinear, trainable_view
 from veneer.errors import InvalidRequest
-from veneer.training.answers import Answers
-from veneer.training.batching import batches
-from veneer.training.collation import collate
-from veneer.training.encoding import Encoded
+from veneer.training.data.batching import batches
+from veneer.training.data.collation import collate
+from veneer.training.data.encoding import Encoded
+from veneer.training.evaluation.answers import Answers
 from veneer.training.kinds import KINDS, Setting, make_trainable
 from veneer.training.losses import token_losses
 from veneer.training.recipe import Adapter, Training

@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from veneer.training.confidence import agresti_min, compare, mcnemar, measure, sign_flip, wilson
-from veneer.training.metrics import (
+from veneer.training.evaluation.confidence import agresti_min, compare, mcnemar, measure, sign_flip, wilson
+from veneer.training.evaluation.metrics import (
     Score,
     exact_match,
     most_likely,

@@ -12,17 +12,17 @@ import torch
 import yaml
 from transformers import AutoConfig
 
-import veneer.training.footprint
+import veneer.training.planning.footprint
 from veneer.engine.base import load_base
 from veneer.engine.view import trainable_view
 from veneer.engine.weight_sizes import weight_bytes
 from veneer.errors import InvalidRequest
 from veneer.server.cli import main
-from veneer.training.advice import Choice, Facts, advise
-from veneer.training.data_report import Length, describe
-from veneer.training.footprint import Footprint, Load, Machine, predict
-from veneer.training.formats import Message, Row
+from veneer.training.data.formats import Message, Row
+from veneer.training.data.report import Length, describe
 from veneer.training.kinds import KINDS, Setting, make_trainable
+from veneer.training.planning.advice import Choice, Facts, advise
+from veneer.training.planning.footprint import Footprint, Load, Machine, predict
 from veneer.training.recipe import Adapter, Training, read_recipe
 from veneer.training.trainable import parameters
 
@@ -149,7 +149,7 @@ def test_two_depths_tell_any_other(
 ) -> None:
     deep = type(config).from_dict({**config.to_dict(), "num_hidden_layers": 5})
     drawn = footprint(deep, Machine("cuda", "nf4"), **fields)
-    monkeypatch.setattr(veneer.training.footprint, "_DEPTHS", (9, 9))  # follow all layers
+    monkeypatch.setattr(veneer.training.planning.footprint, "_DEPTHS", (9, 9))  # follow all layers
     assert footprint(deep, Machine("cuda", "nf4"), **fields) == drawn
 
 

@@ -7,8 +7,8 @@ import random
 import pytest
 
 from veneer.errors import InvalidRequest
-from veneer.training.formats import Message, Pair, Row, Text
-from veneer.training.splitting import check_apart, drop_leaks, split, split_rows
+from veneer.training.data.formats import Message, Pair, Row, Text
+from veneer.training.data.splitting import check_apart, drop_leaks, split, split_rows
 
 
 def row(prompt: str, answer: str = "yes", where: str = "rows.jsonl:1") -> Row:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from veneer.errors import InvalidRequest
-from veneer.training.encoding import IGNORED, Encoded, EncodedPair
-from veneer.training.truncation import fit, fit_pairs, pieces
+from veneer.training.data.encoding import IGNORED, Encoded, EncodedPair
+from veneer.training.data.truncation import fit, fit_pairs, pieces
 
 SHORT = Encoded([1, 2], [3], where="a:1")
 

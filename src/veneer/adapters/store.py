@@ -5,7 +5,7 @@
     <root>/store.db          names, versions, pointer moves (SQLite, unless another database is given)
     <root>/lock              held by the one process that owns the root
     <root>/spare             room for the transaction of a delete when the disk is full
-    <root>/files/, jobs/     of training/file_store.py and training/job_store.py
+    <root>/files/, jobs/     of training/jobs/file_store.py and training/jobs/job_store.py
 
 Files come before the row that lists them, and go after it: a crash can leave a folder without a row, which
 opening removes, never a row without its folder. Names never become paths. Methods block (they sync to disk)
@@ -229,7 +229,7 @@ class AdapterStore:
     def change(self, what: str) -> Iterator[Session]:
         """A transaction that changes the database; one runs at a time. Raises `StorageFull`, which names `what`.
 
-        Also for tables of others in the same database (training/job_store.py): SQLite has one writer.
+        Also for tables of others in the same database (training/jobs/job_store.py): SQLite has one writer.
         """
         with self._write, storage_errors(what), self._sessions.begin() as session:
             yield session

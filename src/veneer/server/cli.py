@@ -18,7 +18,7 @@ import veneer
 from veneer.engine.source import DEFAULT_MODEL
 from veneer.errors import VeneerError
 from veneer.server.tool_calls.registry import FAMILIES
-from veneer.training.metrics import Metric
+from veneer.training.evaluation.metrics import Metric
 from veneer.training.recipe import Kind
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -497,7 +497,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from veneer.training.plan import main as plan
+    from veneer.training.planning.plan import main as plan
 
     return plan(arguments)
 

@@ -16,13 +16,13 @@ from tqdm import tqdm
 from veneer.errors import InvalidRequest
 from veneer.server.adapters_cli import key_of
 from veneer.server.eval_client import BASE, ServerModels
-from veneer.training.confidence import Difference, Measured
-from veneer.training.error_analysis import CATEGORIES
-from veneer.training.evaluate import EvaluationResult, evaluate, metrics_for
-from veneer.training.evaluation_report import to_dict, to_html
-from veneer.training.evaluation_rows import EvaluationRow, read_evaluation_rows
-from veneer.training.gate import GateDecision, gate_passed
-from veneer.training.metrics import Metric, shown
+from veneer.training.evaluation.confidence import Difference, Measured
+from veneer.training.evaluation.error_analysis import CATEGORIES
+from veneer.training.evaluation.evaluate import EvaluationResult, evaluate, metrics_for
+from veneer.training.evaluation.gate import GateDecision, gate_passed
+from veneer.training.evaluation.metrics import Metric, shown
+from veneer.training.evaluation.report import to_dict, to_html
+from veneer.training.evaluation.rows import EvaluationRow, read_evaluation_rows
 from veneer.training.recipe import Gate
 
 GATE_NOT_PASSED = 3

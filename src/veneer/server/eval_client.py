@@ -1,4 +1,4 @@
-"""The models of a running server as `training/evaluate.py` asks them: answers and likelihoods over its OpenAI API.
+"""The models of a running server as training/evaluation/evaluate.py asks them, over its OpenAI API.
 
 Answers come from `/v1/chat/completions`, or from `/v1/completions` for prompts that are put as they are.
 Likelihoods take vLLM's `/tokenize` and `/v1/completions` with `echo` and `logprobs`: what is scored are the tokens
@@ -16,8 +16,8 @@ import httpx
 
 from veneer.errors import NotFound, QueueFull, VeneerError
 from veneer.server.adapters_cli import answer_of
-from veneer.training.evaluate import Generation
-from veneer.training.evaluation_rows import Turn
+from veneer.training.evaluation.evaluate import Generation
+from veneer.training.evaluation.rows import Turn
 
 Template = Literal["chat", "none"]
 BASE = "base"  # stands for the server's base, whatever its name

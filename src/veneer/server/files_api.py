@@ -22,7 +22,7 @@ from veneer.errors import InvalidRequest
 from veneer.server.jobs_wire import file_object, list_object
 from veneer.server.state import state_of
 from veneer.server.upload import CHUNK, FORM_OVERHEAD, form_text, read_form
-from veneer.training.file_store import RESULTS
+from veneer.training.jobs.file_store import RESULTS
 
 router = APIRouter()
 

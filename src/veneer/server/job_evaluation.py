@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.training.evaluation_rows import read_evaluation_rows
-from veneer.training.job_schema import Job
+from veneer.training.evaluation.rows import read_evaluation_rows
+from veneer.training.jobs.job_schema import Job
 from veneer.training.recipe import HELD_OUT, Training
 
 if TYPE_CHECKING:  # they import numpy, which the server starts without
-    from veneer.training.evaluate import EvaluationResult
-    from veneer.training.gate import GateDecision
+    from veneer.training.evaluation.evaluate import EvaluationResult
+    from veneer.training.evaluation.gate import GateDecision
 
 OPEN_QUESTIONS = 16  # at a time: other requests are served meanwhile
 
@@ -53,8 +53,8 @@ async def evaluate_job(
     job: Job, training: Training, folder: Path, make_models: MakeModels, new: str, previous: str | None
 ) -> Evaluated:
     """Compare `new` with the base and with `previous`, names under which this server has them."""
-    from veneer.training.evaluate import evaluate, metrics_for
-    from veneer.training.gate import gate_passed
+    from veneer.training.evaluation.evaluate import evaluate, metrics_for
+    from veneer.training.evaluation.gate import gate_passed
 
     settings, gate = training.evaluation, training.evaluation.gate
     rows = await asyncio.to_thread(read_evaluation_rows, folder / HELD_OUT, settings.rows)
@@ -71,7 +71,7 @@ async def evaluate_job(
 
 
 def _files(result: EvaluationResult, job: Job) -> dict[str, bytes]:
-    from veneer.training.evaluation_report import to_dict, to_html
+    from veneer.training.evaluation.report import to_dict, to_html
 
     settings = {"job": job.id, "rows": "held out of the training data"}
     page = to_html(result, settings)

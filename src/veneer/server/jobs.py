@@ -27,8 +27,8 @@ from veneer.errors import EngineUnavailable, InvalidRequest, NotFound, VeneerErr
 from veneer.server.job_evaluation import Evaluated, MakeModels, evaluate_job, wanted_evaluation
 from veneer.server.publish import Fill, delete, publish
 from veneer.server.state import ServerState
-from veneer.training.job_events import COLUMNS
-from veneer.training.job_schema import Checkpoint, Job
+from veneer.training.jobs.job_events import COLUMNS
+from veneer.training.jobs.job_schema import Checkpoint, Job
 
 log = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from veneer.server.jobs_wire import (
 )
 from veneer.server.state import ServerState, state_of
 from veneer.server.upload import FIELD_LIMIT, limited_body
-from veneer.training.job_schema import Job
+from veneer.training.jobs.job_schema import Job
 
 router = APIRouter()
 

@@ -16,9 +16,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from veneer.errors import InvalidRequest
 from veneer.server.errors import pydantic_error
-from veneer.training.hyperparameters import METHODS, Method, described, resolve
-from veneer.training.job_schema import Checkpoint, Event, File, Job
-from veneer.training.job_store import NewJob
+from veneer.training.jobs.hyperparameters import METHODS, Method, described, resolve
+from veneer.training.jobs.job_schema import Checkpoint, Event, File, Job
+from veneer.training.jobs.job_store import NewJob
 
 SEED_LIMIT = 2**31
 _Auto = BeforeValidator(lambda value: None if value == "auto" else value)  # "auto" and absent are the same

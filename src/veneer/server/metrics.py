@@ -29,7 +29,7 @@ from prometheus_client.registry import Collector
 
 from veneer.engine.messages import AdapterStats, EngineInfo, Stats
 from veneer.server.jobs import Progress
-from veneer.training.job_schema import Status
+from veneer.training.jobs.job_schema import Status
 
 # Not wanted: a series beside each counter that says when it began.
 disable_created_metrics()  # type: ignore[no-untyped-call]

@@ -22,8 +22,8 @@ from veneer.adapters.store import AdapterStore
 from veneer.engine.client import EngineClient
 from veneer.server.adapter_text import AdapterTexts, base_text
 from veneer.server.known_blends import KnownBlends
-from veneer.training.file_store import FileStore
-from veneer.training.job_store import JobStore
+from veneer.training.jobs.file_store import FileStore
+from veneer.training.jobs.job_store import JobStore
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,18 +17,18 @@ from transformers import AutoTokenizer
 from veneer.engine.base import Base
 from veneer.engine.view import trainable_view
 from veneer.errors import InvalidRequest
-from veneer.training.collation import collate
 from veneer.training.control import Control, turns
-from veneer.training.data import read_pairs, read_rows, read_texts
-from veneer.training.data_report import DataReport, describe, lengths_of, plot_lengths
-from veneer.training.encoding import Encoded, Encoder
-from veneer.training.formats import Pair, Row, Text
+from veneer.training.data.collation import collate
+from veneer.training.data.encoding import Encoded, Encoder
+from veneer.training.data.formats import Pair, Row, Text
+from veneer.training.data.report import DataReport, describe, lengths_of, plot_lengths
+from veneer.training.data.rows import read_pairs, read_rows, read_texts
+from veneer.training.data.splitting import check_apart, split
+from veneer.training.data.truncation import fit, fit_pairs, pieces
 from veneer.training.kinds import Setting, make_trainable
 from veneer.training.recipe import HELD_OUT, Training
 from veneer.training.report import training_report, write_losses
-from veneer.training.splitting import check_apart, split
 from veneer.training.trainer import Result, Rows, Trainer, total_steps
-from veneer.training.truncation import fit, fit_pairs, pieces
 
 _EXAMPLES = 32  # batches for initialisations that look at the data
 

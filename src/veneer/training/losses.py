@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from veneer.training.collation import Batch
-from veneer.training.encoding import IGNORED
+from veneer.training.data.collation import Batch
+from veneer.training.data.encoding import IGNORED
 from veneer.training.trainable import Trainable
 
 

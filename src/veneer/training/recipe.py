@@ -20,7 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from veneer.errors import InvalidRequest
-from veneer.training.metrics import Metric
+from veneer.training.evaluation.metrics import Metric
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 
 from veneer.errors import InvalidRequest
-from veneer.training.batching import batches, packed_batches, steps_per_epoch
-from veneer.training.batching import pack as pack_rows
-from veneer.training.collation import Batch, collate, collate_packed, collate_pairs
 from veneer.training.control import Control, Stopped
-from veneer.training.encoding import Encoded, EncodedPair
+from veneer.training.data.batching import batches, packed_batches, steps_per_epoch
+from veneer.training.data.batching import pack as pack_rows
+from veneer.training.data.collation import Batch, collate, collate_packed, collate_pairs
+from veneer.training.data.encoding import Encoded, EncodedPair
 from veneer.training.kinds import plus_ratio
 from veneer.training.losses import noisy_embeddings, pair_losses, token_losses
 from veneer.training.optimizers import make_optimizer, make_schedule

@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, masking_utils
 
 from veneer.engine.view import FrozenLinear
 from veneer.engine.weight_sizes import quantized_linears, weight_bytes
-from veneer.training.collation import Batch
+from veneer.training.data.collation import Batch
 from veneer.training.kinds import Setting, make_trainable, plus_ratio
 from veneer.training.losses import noisy_embeddings, pair_losses, token_losses
 from veneer.training.optimizers import make_optimizer

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 
 from veneer.errors import InvalidRequest
-from veneer.training.encoding import IGNORED, Encoded, EncodedPair
+from veneer.training.data.encoding import IGNORED, Encoded, EncodedPair
 
 Mask = Literal["bool"] | torch.dtype | None
 

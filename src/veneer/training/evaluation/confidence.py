@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from veneer.training.metrics import MAX_NATS, SHARES, Metric, Score, total
+from veneer.training.evaluation.metrics import MAX_NATS, SHARES, Metric, Score, total
 
 LEVEL = 0.95
 RESAMPLES = 2000  # of the bootstrap

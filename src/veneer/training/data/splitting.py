@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 from veneer.errors import InvalidRequest
-from veneer.training.formats import Pair, Row, Text
+from veneer.training.data.formats import Pair, Row, Text
 
 _Example = TypeVar("_Example", Row, Text, Pair)
 

@@ -25,12 +25,12 @@ from veneer.engine.base import PROVEN
 from veneer.engine.source import describe as describe_base
 from veneer.engine.weight_sizes import empty_model, quantized_linears
 from veneer.errors import InvalidRequest
-from veneer.training.advice import Choice, Facts, advise
-from veneer.training.data import read_pairs, read_rows, read_texts, validate
-from veneer.training.data_report import DataReport, describe, lengths_of
-from veneer.training.encoding import Encoder
-from veneer.training.footprint import Footprint, Load, Machine, Work, predict
-from veneer.training.hyperparameters import Method
+from veneer.training.data.encoding import Encoder
+from veneer.training.data.report import DataReport, describe, lengths_of
+from veneer.training.data.rows import read_pairs, read_rows, read_texts, validate
+from veneer.training.jobs.hyperparameters import Method
+from veneer.training.planning.advice import Choice, Facts, advise
+from veneer.training.planning.footprint import Footprint, Load, Machine, Work, predict
 from veneer.training.recipe import Recipe, faults
 
 _GIB = 1 << 30

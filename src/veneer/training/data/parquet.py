@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import InvalidRequest
-from veneer.training.records import Limits, Record, given
+from veneer.training.data.records import Limits, Record, given
 
 _VALUE_BYTES = 16  # about what a value takes beside its text
 

@@ -6,8 +6,8 @@
 
 All take `name` (what messages call the file, whose ending says its kind; the path's own by default), `format` (by
 default what the first good row's fields say; all rows must be of one), `ignore` (fields to leave out) and `limits`.
-Formats and fields: `formats.py`. Files: `data_files.py`. What comes next: `splitting.py`, `encoding.py`,
-`truncation.py`, `data_report.py`, `batching.py`, `collation.py`.
+Formats and fields: `formats.py`. Files: `files.py`. What comes next: `splitting.py`, `encoding.py`,
+`truncation.py`, `report.py`, `batching.py`, `collation.py`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import NamedTuple, TypedDict, TypeVar, Unpack, get_args
 
 from veneer.errors import InvalidRequest
-from veneer.training.data_files import records
-from veneer.training.formats import BadRow, Example, Format, Pair, Row, Text, find_form
-from veneer.training.records import Limits
+from veneer.training.data.files import records
+from veneer.training.data.formats import BadRow, Example, Format, Pair, Row, Text, find_form
+from veneer.training.data.records import Limits
 
 FAULTS_SHOWN = 20
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Generic, Literal, NamedTuple, TypeVar
 
 from veneer.errors import InvalidRequest
-from veneer.training.encoding import Encoded, EncodedPair
+from veneer.training.data.encoding import Encoded, EncodedPair
 
 Policy = Literal["refuse", "drop", "keep_start", "keep_end"]
 

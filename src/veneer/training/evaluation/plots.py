@@ -6,9 +6,9 @@ import io
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from veneer.training.error_analysis import CATEGORIES, Category
-from veneer.training.evaluate import EvaluationResult
-from veneer.training.metrics import shown
+from veneer.training.evaluation.error_analysis import CATEGORIES, Category
+from veneer.training.evaluation.evaluate import EvaluationResult
+from veneer.training.evaluation.metrics import shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

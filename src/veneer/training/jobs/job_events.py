@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from veneer.training.job_schema import Event, Job, Level
+from veneer.training.jobs.job_schema import Event, Job, Level
 
 MOST_STEPS = 10_000  # of a job that become events; of more, every second, third, …
 # OpenAI's columns of step_metrics.csv, with what the engine calls them

@@ -25,9 +25,9 @@ from veneer.adapters.names import checkpoint_name, job_name
 from veneer.adapters.staging import discard, remove, storage_errors, sync, write_file
 from veneer.adapters.store import AdapterStore
 from veneer.errors import Conflict, NotFound, QueueFull, VeneerError
-from veneer.training.file_store import RESULTS, FileStore, new_id
-from veneer.training.job_events import add_event, finite, metrics_csv, step_event
-from veneer.training.job_schema import OVER, WITH_ENGINE, Checkpoint, Event, Job, Status
+from veneer.training.jobs.file_store import RESULTS, FileStore, new_id
+from veneer.training.jobs.job_events import add_event, finite, metrics_csv, step_event
+from veneer.training.jobs.job_schema import OVER, WITH_ENGINE, Checkpoint, Event, Job, Status
 from veneer.training.recipe import Training
 
 # Of the folder of a job that is over

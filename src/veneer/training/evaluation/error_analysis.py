@@ -26,7 +26,7 @@ from typing import Any, Literal, get_args
 
 from rapidfuzz.distance import OSA
 
-from veneer.training.metrics import exact_match, normalize
+from veneer.training.evaluation.metrics import exact_match, normalize
 
 Category = Literal[
     "empty",

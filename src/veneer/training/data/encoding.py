@@ -19,7 +19,7 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from veneer.errors import InvalidRequest
-from veneer.training.formats import Message, Pair, Row, Text
+from veneer.training.data.formats import Message, Pair, Row, Text
 
 IGNORED = -100  # the label that cross-entropy skips
 

@@ -11,8 +11,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from veneer.training.data_report import DataReport
-from veneer.training.hyperparameters import LEARNING_RATE, Method
+from veneer.training.data.report import DataReport
+from veneer.training.jobs.hyperparameters import LEARNING_RATE, Method
 
 RANKED = ("lora", "rslora", "dora", "lora+", "adalora")
 _BITS_PER_PARAMETER, _MARGIN = 2, 4

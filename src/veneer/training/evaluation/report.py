@@ -11,11 +11,11 @@ from typing import Any
 import jinja2
 
 from veneer import __version__
-from veneer.training.error_analysis import CATEGORIES
-from veneer.training.evaluate import EvaluationResult, Outcome
-from veneer.training.evaluation_plots import COLOURS, categories_plot, metrics_plot
-from veneer.training.evaluation_rows import Choices, expected_of, prompt_of
-from veneer.training.metrics import Score, perplexity, shown
+from veneer.training.evaluation.error_analysis import CATEGORIES
+from veneer.training.evaluation.evaluate import EvaluationResult, Outcome
+from veneer.training.evaluation.metrics import Score, perplexity, shown
+from veneer.training.evaluation.plots import COLOURS, categories_plot, metrics_plot
+from veneer.training.evaluation.rows import Choices, expected_of, prompt_of
 
 EXAMPLES = 200  # rows shown in HTML
 CHARACTERS = 2000  # shown of a text in HTML
@@ -137,4 +137,4 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.from_string(Path(__file__).with_name("evaluation_report.html").read_text("utf-8"))
+    return environment.from_string(Path(__file__).with_name("report.html").read_text("utf-8"))

@@ -19,9 +19,9 @@ from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from veneer.training.encoding import Encoded, EncodedPair
-from veneer.training.formats import Example, Row, Text
-from veneer.training.truncation import Policy
+from veneer.training.data.encoding import Encoded, EncodedPair
+from veneer.training.data.formats import Example, Row, Text
+from veneer.training.data.truncation import Policy
 
 _BINS = 20
 _PERCENTILES = (50, 90, 95, 99, 100)

@@ -15,8 +15,8 @@ from pathlib import Path
 import msgspec
 
 from veneer.errors import InvalidRequest
-from veneer.training.parquet import parquet
-from veneer.training.records import Limits, Record, given
+from veneer.training.data.parquet import parquet
+from veneer.training.data.records import Limits, Record, given
 
 
 def records(path: Path, name: str, limits: Limits) -> Iterator[Record]:

@@ -18,11 +18,10 @@ from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 from veneer.errors import InvalidRequest, VeneerError
-from veneer.training.confidence import Difference, Measured, compare, measure
-from veneer.training.error_analysis import Category, categorize
-from veneer.training.evaluation_rows import Choices, EvaluationRow, Turn, expected_of, prompt_of
-from veneer.training.formats import Row
-from veneer.training.metrics import (
+from veneer.training.data.formats import Row
+from veneer.training.evaluation.confidence import Difference, Measured, compare, measure
+from veneer.training.evaluation.error_analysis import Category, categorize
+from veneer.training.evaluation.metrics import (
     ANSWER_METRICS,
     CHOICE_METRICS,
     Metric,
@@ -32,6 +31,7 @@ from veneer.training.metrics import (
     normalized_match,
     token_f1,
 )
+from veneer.training.evaluation.rows import Choices, EvaluationRow, Turn, expected_of, prompt_of
 
 
 class Generation(NamedTuple):

@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session
 from veneer.adapters.staging import sync, write_file
 from veneer.adapters.store import AdapterStore
 from veneer.errors import Conflict, InvalidRequest, NotFound
-from veneer.training.job_schema import Base, File
+from veneer.training.jobs.job_schema import Base, File
 
 RESULTS = "fine-tune-results"
 _ID_LETTERS = string.ascii_lowercase + string.digits

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from veneer.errors import InvalidRequest
-from veneer.training.evaluate import EvaluationResult, compare_models
-from veneer.training.metrics import less_is_better, shown
+from veneer.training.evaluation.evaluate import EvaluationResult, compare_models
+from veneer.training.evaluation.metrics import less_is_better, shown
 from veneer.training.recipe import Gate
 
 

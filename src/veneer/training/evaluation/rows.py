@@ -2,11 +2,11 @@
 
 | rows | fields |
 | --- | --- |
-| answers | those of training data: chat, completion, instruction (`formats.py`) |
+| answers | those of training data: chat, completion, instruction (`data/formats.py`) |
 | choices | `prompt`, `choices` (a list of texts), `answer` (the right one's place, from 0) |
 | texts | `text` |
 
-A file has rows of one kind. Read with the checks and limits of training data (`data_files.py`).
+A file has rows of one kind. Read with the checks and limits of training data (`data/files.py`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from veneer.errors import InvalidRequest
-from veneer.training.data import FAULTS_SHOWN
-from veneer.training.data_files import records
-from veneer.training.formats import BadRow, Message, Row, Text, find_form
-from veneer.training.records import Limits
+from veneer.training.data.files import records
+from veneer.training.data.formats import BadRow, Message, Row, Text, find_form
+from veneer.training.data.records import Limits
+from veneer.training.data.rows import FAULTS_SHOWN
 
 
 class Turn(Protocol):
