@@ -104,13 +104,17 @@ class Peft:
 
     def logprobs(self, name: str | None, prompt: list[int], output: list[int]) -> torch.Tensor:
         """Of what follows each token of prompt and output, [tokens, vocabulary]; without an adapter for None."""
+        logits = self.forward(name, prompt, output).logits[0]
+        return torch.log_softmax(logits[-len(prompt + output) :], -1)
+
+    def forward(self, name: str | None, prompt: list[int], output: list[int], **fields: Any) -> Any:
+        """What the model returns."""
         if name not in self.models:
             folder = self.store / "blobs" / digest_of(name or "")
             self.models[name] = PeftModel.from_pretrained(load(self.base), folder).eval()
-        fields = self.inputs(name, prompt, output)
         with torch.inference_mode():
-            logits = self.models[name](input_ids=torch.tensor([prompt + output]), **fields).logits[0]
-        return torch.log_softmax(logits[-len(prompt + output) :], -1)
+            inputs = {"input_ids": torch.tensor([prompt + output]), **self.inputs(name, prompt, output)}
+            return self.models[name](**inputs, **fields)
 
     def inputs(self, name: str | None, prompt: list[int], output: list[int]) -> dict[str, Any]:
         """What the forward pass needs besides the tokens."""

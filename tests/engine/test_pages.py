@@ -61,10 +61,10 @@ def test_what_is_still_to_be_scored_is_not_taken_from_the_cache() -> None:
     sequence = make([5] * 16)
     sequence.sampling = SamplingParams(max_tokens=8, prompt_logprobs=0)
     found = []
-    for sequence.num_scored in (0, 3, 4, 11, 14, 15, 16):  # after 15 nothing of the prompt is left
+    for sequence.num_read in (0, 3, 4, 11, 14, 15, 16):  # after 15 nothing of the prompt is left
         found.append(len(pool.lookup(sequence)))
     assert found == [0, 0, 1, 2, 3, 3, 3]
-    sequence.num_scored = 0
+    sequence.num_read = 0
     sequence.num_virtual = 8  # their pages are the adapter's
     assert len(pool.lookup(sequence)) == 2
 

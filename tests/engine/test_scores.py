@@ -156,7 +156,7 @@ def test_a_prompt_that_is_preempted_is_scored_once(
     preempt = driver.engine.scheduler._preempt
 
     def watched(sequence: Any) -> None:
-        if sequence.unscored and scores(driver, sequence.id):
+        if sequence.unread and scores(driver, sequence.id):
             interrupted.add(sequence.id)
         preempt(sequence)
 
@@ -243,7 +243,7 @@ def test_a_step_is_scored_in_pieces_of_bounded_size() -> None:
         return Sequence(id="s", tokens=list(range(tokens)), sampling=params)
 
     one, other, last = sequence(1000, 0), sequence(40, None), sequence(9, 3)
-    one.num_scored = 150
+    one.num_read = 150
     planned = [
         Scheduled(one, 100, 700, False),
         Scheduled(other, 0, 40, True),

@@ -2,8 +2,8 @@
 
 The model repeats its prompt, in a cycle, from a start that the seed chooses when the temperature is not 0;
 an adapter moves the start by one. It ends with the end-of-sequence token after `--repeats` rounds. Prompts are
-scored in two halves; the likeliest token at each place is 1, the prompt's own the second. Every message it gets is
-appended to `--log` as one JSON line. It imports no torch.
+scored in two halves; the likeliest token at each place is 1, the prompt's own the second. Pooled, a prompt is its
+own tokens. Every message it gets is appended to `--log` as one JSON line. It imports no torch.
 
 An adapter's config steers its check: `refuse` is the message to refuse it with, `ineffective` refuses it unless
 that is allowed, `wait_for` is the path of a file without which the answer waits, `tasks` how many it has.
@@ -18,6 +18,7 @@ import argparse
 import itertools
 import json
 import os
+import struct
 import sys
 import time
 from collections import Counter
@@ -63,6 +64,7 @@ from veneer.engine.messages import (
 
 EOS = 0
 VOCAB_SIZE = 512
+HIDDEN_SIZE = 8
 CONTEXT = 256
 
 
@@ -89,6 +91,9 @@ class Sequence:
 
     def step(self) -> SequenceOutput:
         sampling = self.request.sampling
+        if sampling.pooling is not None:
+            vector = pooled(self.request)
+            return SequenceOutput(id=self.request.id, finish_reason="length", pooled=vector)
         if self.expires is not None and time.monotonic() > self.expires:
             message = f"The request did not finish within its {self.request.deadline:g} seconds."
             return SequenceOutput(id=self.request.id, error=WireError(504, "deadline_exceeded", message))
@@ -120,6 +125,13 @@ class Sequence:
             stop_token=token if stops else None,
             cached_tokens=len(self.request.prompt) // 2,
         )
+
+
+def pooled(request: Generate) -> bytes:
+    """A number for each token of the prompt, in its order; what follows is 1, or 2 with an adapter."""
+    rest = [1.0 + (request.adapter is not None)] * HIDDEN_SIZE
+    mean = request.sampling.pooling == "mean"
+    return struct.pack(f"<{HIDDEN_SIZE}f", *(([*request.prompt, *rest] if mean else rest)[:HIDDEN_SIZE]))
 
 
 def score(token: int, position: int, count: int) -> TokenLogprobs:
@@ -373,6 +385,7 @@ class FakeEngine:
             kernels="torch",
             base_bytes=0,
             vocab_size=VOCAB_SIZE,
+            hidden_size=HIDDEN_SIZE,
             max_model_len=CONTEXT,
             eos_token_ids=[EOS],
             num_pages=1,

@@ -19,6 +19,7 @@ INFO = EngineInfo(
     kernels="torch",
     base_bytes=1000,
     vocab_size=10,
+    hidden_size=8,
     max_model_len=100,
     eos_token_ids=[0],
     num_pages=50,

@@ -34,6 +34,7 @@ from veneer.engine.grammars import Grammars
 from veneer.engine.merger import Merger
 from veneer.engine.messages import AdapterChecked, Done, SequenceOutput, TokenLogprobs, WireError
 from veneer.engine.pages import PagePool
+from veneer.engine.pooling import pooled_bytes
 from veneer.engine.probe import EffectProbe
 from veneer.engine.runner import Launched, Runner, kv_page_bytes
 from veneer.engine.scheduler import Scheduler
@@ -260,6 +261,9 @@ class Engine:
         results, scores = launched.results(), launched.scores()
         self.steps += 1
         self.scheduler.commit(launched.batch, {name: token for name, (token, _) in results.items()})
+        for each in launched.pooled:
+            if each.sequence.is_running:
+                each.add()
         outputs = []
         for item in launched.batch.items:
             sequence = item.sequence
@@ -286,7 +290,7 @@ class Engine:
         """The output with the token that was chosen, unless none was asked for. Ends the sequence if that does."""
         if sequence.sampling.max_tokens == 0:
             self.scheduler.finish(sequence)
-            return msgspec.structs.replace(output, finish_reason="length")
+            return msgspec.structs.replace(output, finish_reason="length", pooled=pooled_bytes(sequence))
         reason, stop_token = self._finish_reason(sequence, token)
         if reason:
             self.scheduler.finish(sequence)
@@ -382,6 +386,7 @@ class Engine:
             kernels=backend.name,
             base_bytes=self.base.memory_bytes(),
             vocab_size=self.base.config.vocab_size,
+            hidden_size=self.base.hidden_size,
             max_model_len=self.max_model_len,
             eos_token_ids=list(self.base.eos_token_ids),
             num_pages=self.pool.num_pages,

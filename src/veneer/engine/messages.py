@@ -5,7 +5,7 @@ One msgspec struct per message, encoded as msgpack. Imports no torch: the HTTP p
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -38,6 +38,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: int | None = None  # None: none; k: the chosen token and the k most likely
     constraint: Constraint | None = None  # comes without min_tokens and ignore_eos
     prompt_logprobs: int | None = None  # the same of each token of the prompt but the first
+    pooling: Literal["mean", "last"] | None = None  # hidden states of the prompt instead; with max_tokens 0
 
 
 # ---- HTTP -> engine -------------------------------------------------------------------------------
@@ -179,6 +180,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_token: int | None = None  # the token that ended the sequence, when one did
     error: WireError | None = None
     cached_tokens: int = 0  # prompt tokens served from the prefix cache
+    pooled: bytes = b""  # float32 [hidden], with the end of a sequence that asked for pooling
 
 
 class Outputs(msgspec.Struct, frozen=True, tag=True):
@@ -206,6 +208,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     kernels: str  # "triton" | "torch"
     base_bytes: int  # resident weights of the base
     vocab_size: int
+    hidden_size: int
     max_model_len: int
     eos_token_ids: list[int]
     num_pages: int

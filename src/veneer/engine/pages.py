@@ -83,13 +83,13 @@ class PagePool:
         sequence.num_computed = 0
 
     def lookup(self, sequence: Sequence) -> list[int]:
-        """The pages of the longest cached prefix that leaves at least one token to compute, and all unscored ones.
+        """The pages of the longest cached prefix that leaves at least one token to compute, and all unread ones.
 
-        Pages have no logits.
+        Pages have no hidden states.
         """
         pages: list[int] = []
-        unscored = sequence.unscored
-        most = unscored.start if unscored else len(sequence.tokens) - 1
+        unread = sequence.unread
+        most = unread.start if unread else len(sequence.tokens) - 1
         for index in range(self._cacheable(sequence, most)):
             page = self._page_of.get(self._key(sequence, index))
             if page is None:
@@ -135,7 +135,7 @@ class PagePool:
         if sequence.preemptions == 0:  # a resumed sequence finds its own pages, which is no merit
             virtual = sequence.num_virtual or 0
             sequence.num_cached = max(sequence.num_computed - virtual, 0)
-            if self.prefix_caching and not sequence.unscored:
+            if self.prefix_caching and not sequence.unread:
                 self.query_tokens += len(sequence.tokens) - virtual
                 self.hit_tokens += sequence.num_cached
 

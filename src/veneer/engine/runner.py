@@ -37,6 +37,7 @@ from veneer.engine.graphs import (
     segments_of,
 )
 from veneer.engine.messages import SamplingParams, TokenLogprobs
+from veneer.engine.pooling import Pooled, pool
 from veneer.engine.sampling import Sampled, SamplingRow, sample, top_logprobs
 from veneer.engine.scheduler import Batch, Scheduled
 from veneer.engine.scores import Scored, pieces_of
@@ -81,6 +82,7 @@ class Launched:
     rows: dict[str, int]  # sequence id -> place of its token in the runner's token buffer
     sampled: list[tuple[list[str], Sampled]]  # sequence ids, and theirs on the host, once `done`
     scored: list[Scored]  # each sequence's in order
+    pooled: list[Pooled]
     done: torch.cuda.Event | None  # None on the CPU
 
     def results(self) -> dict[str, tuple[int, TokenLogprobs | None]]:
@@ -274,12 +276,13 @@ class Runner:
         allowed = {} if masks is None else masks.result()
         result = self._choose(logits, sampled, last, allowed)
         scored = [] if hidden is None else self._score(planned, hidden)
+        pooled = [] if hidden is None else pool(planned, hidden)
         done = None
         if self.base.device.type == "cuda":
             done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # its waiter sleeps
             done.record()
         rows = {item.sequence.id: row for row, item in enumerate(sampled)}
-        return Launched(batch, rows, result, scored, done)
+        return Launched(batch, rows, result, scored, pooled, done)
 
     def _place(self, item: Scheduled) -> tuple[bytes, int]:
         """In the order of rows: those of the base first, those of one kin together."""
@@ -364,8 +367,8 @@ class Runner:
         return torch.cat([logits[where], self.base.cap(wide)], 1)
 
     def _graphs_for(self, planned: Rows[Scheduled]) -> StepGraphs | None:
-        if any(item.unscored for item in planned):
-            return None  # graphs keep the logits of last rows alone
+        if any(item.unread for item in planned):
+            return None  # graphs keep the logits of last rows alone, and no hidden states
         families = (self.graphs, self.mixed_graphs)
         return next((family for family in families if family is not None and family.fits(planned)), None)
 

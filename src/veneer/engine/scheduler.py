@@ -90,9 +90,9 @@ class Scheduled:
         return slot
 
     @property
-    def unscored(self) -> range:
-        """Those of its tokens after which the log probability of the prompt's next one is wanted."""
-        wanted = self.sequence.unscored
+    def unread(self) -> range:
+        """Those of its tokens whose hidden states are wanted."""
+        wanted = self.sequence.unread
         if not wanted:
             return wanted
         return range(max(self.start, wanted.start), min(self.start + self.count, wanted.stop))
@@ -265,7 +265,7 @@ class Scheduler:
             if not sequence.is_running:
                 continue  # taken out since the step was planned
             sequence.num_computed = item.start + item.count
-            sequence.num_scored = max(sequence.num_scored, sequence.num_computed)
+            sequence.num_read = max(sequence.num_read, sequence.num_computed)
             self.pool.register(sequence, item.start - item.lead)
             if item.samples:
                 sequence.tokens.append(tokens[sequence.id])

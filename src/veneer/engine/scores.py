@@ -33,7 +33,7 @@ def pieces_of(planned: Iterable[Scheduled], most: int = PIECE_ROWS) -> Iterator[
     """The rows of a step that score something, in its order, at most so many in a piece."""
     row = 0
     for item in planned:
-        wanted = item.unscored
+        wanted = range(0) if item.sequence.sampling.pooling else item.unread
         for start in wanted[::most]:
             count = min(most, wanted.stop - start)
             yield Piece(row + start - item.start, Scheduled(item.sequence, start, count, samples=False))

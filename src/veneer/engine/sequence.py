@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from veneer.adapters.reach import Reach, Span
 from veneer.engine.grammars import Matcher
 from veneer.engine.messages import SamplingParams
@@ -43,8 +46,13 @@ class Sequence:
     num_unplaced: int = 0  # virtual tokens that take no position: all that follow stand so many earlier
     changes: tuple[Change, ...] = ALWAYS  # by start; before the first the base alone acts
     num_computed: int = 0  # tokens whose keys and values are in the pages
-    num_scored: int = 0  # tokens that were computed at some time: what follows them in the prompt is scored
+    num_read: int = (
+        0  # tokens that were computed at some time: what is wanted of their hidden states is known
+    )
     preemptions: int = 0
+
+    # Set by the engine.
+    pooled: npt.NDArray[np.float64] | None = None  # [hidden]: the sum over what was read so far
 
     # Set by the page pool.
     pages: list[int] = field(default_factory=list)  # block table; empty unless running
@@ -84,11 +92,17 @@ class Sequence:
         return len(self.tokens) - self.num_computed
 
     @property
-    def unscored(self) -> range:
-        """Tokens of the prompt that are still to be computed for the log probability of the one behind them."""
+    def unread(self) -> range:
+        """Tokens of the prompt that are still to be computed for their hidden states.
+
+        Wanted are those before a token whose log probability is wanted, or those that are pooled.
+        """
+        pooling, first = self.sampling.pooling, max(self.num_virtual or 0, self.num_read)
+        if pooling is not None:
+            return range(first if pooling == "mean" else self.num_prompt_tokens - 1, self.num_prompt_tokens)
         if self.sampling.prompt_logprobs is None:
             return _NOTHING
-        return range(max(self.num_virtual or 0, self.num_scored), self.num_prompt_tokens - 1)
+        return range(first, self.num_prompt_tokens - 1)
 
     @property
     def num_output_tokens(self) -> int:

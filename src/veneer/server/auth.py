@@ -23,7 +23,9 @@ from veneer.errors import Forbidden, Unauthorized, VeneerError
 from veneer.server.errors import error_response
 
 OPEN = frozenset({"/health", "/ready"})
-GENERATES = frozenset({"/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"})
+GENERATES = frozenset(
+    {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize", "/detokenize"}
+)
 READS = frozenset({"GET", "HEAD"})
 
 

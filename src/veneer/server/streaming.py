@@ -101,15 +101,7 @@ class _Exchange(Generic[Body]):
         self.inline = True
 
     def headers(self) -> dict[str, str]:
-        """Which adapter version answered; a name alone may have moved since."""
-        if self._adapter is None:
-            return {}
-        if isinstance(self._adapter, Blend):
-            error = None if self._blend is None else self._blend.error
-            cut = {} if error is None else {"x-veneer-blend-error": f"{error:.6g}"}
-            return {"x-veneer-adapter": self._adapter.label} | cut
-        version = f"{self._adapter.name}@{self._adapter.version}"
-        return {"x-veneer-adapter": version, "x-veneer-adapter-digest": self._adapter.digest}
+        return adapter_headers(self._adapter, self._blend)
 
     async def answer(self) -> bytes:
         async with aclosing(self._deltas()) as deltas:
@@ -136,7 +128,7 @@ class _Exchange(Generic[Body]):
         state, body = self._state, self._body
         # No await between these two: a delete waits for the requests that hold what it deletes.
         self._adapter = adapter = select_adapter(state, body.model, body.mixture)
-        with _counted(state, self._route, adapter):
+        with counted(state, self._route, adapter):
             state.engine.require_ready()
             text = await state.texts.of(adapter)
             if isinstance(adapter, Blend):
@@ -168,8 +160,19 @@ class _Exchange(Generic[Body]):
         return prepare() if self.inline else await asyncio.to_thread(prepare)
 
 
+def adapter_headers(adapter: Served | None, blend: AdapterInfo | None) -> dict[str, str]:
+    """Which adapter version answered; a name alone may have moved since. `blend`: what is known of it, if it is one."""
+    if adapter is None:
+        return {}
+    if isinstance(adapter, Blend):
+        cut = {} if blend is None or blend.error is None else {"x-veneer-blend-error": f"{blend.error:.6g}"}
+        return {"x-veneer-adapter": adapter.label} | cut
+    version = f"{adapter.name}@{adapter.version}"
+    return {"x-veneer-adapter": version, "x-veneer-adapter-digest": adapter.digest}
+
+
 @contextmanager
-def _counted(state: ServerState, route: str, adapter: Served | None) -> Iterator[None]:
+def counted(state: ServerState, route: str, adapter: Served | None) -> Iterator[None]:
     name = adapter.name if adapter else None
     outcome = "cancelled"
     state.metrics.request_started(route, name)

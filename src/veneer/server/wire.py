@@ -1,4 +1,4 @@
-"""The bodies of `/v1/chat/completions`, `/v1/completions` and `/tokenize`: what is read, what is refused.
+"""The bodies of `/v1/chat/completions`, `/v1/completions`, `/v1/embeddings` and `/tokenize`: what is read, what is refused.
 
 Three kinds of field, and nothing else:
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import reprlib
 from collections.abc import Callable
-from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar, cast
 
 import msgspec
 from fastapi import Request
@@ -131,6 +131,32 @@ class CompletionRequest(GenerationRequest):
         return max((count for count in wanted if count is not None), default=None)
 
 
+class EmbeddingRequest(Strict):
+    model: Annotated[str, Field(min_length=1)]
+    input: (
+        str
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+    )
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    # vLLM's
+    add_special_tokens: bool = True
+    # ours
+    pooling: Literal["mean", "last"] = "mean"
+    task_id: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    timeout: Annotated[float, Field(gt=0, le=86400)] | None = None
+
+    @property
+    def has_many(self) -> bool:
+        return isinstance(self.input, list) and not isinstance(self.input[0], int)
+
+    @property
+    def inputs(self) -> list[str | list[int]]:
+        return cast(list[str | list[int]], self.input if self.has_many else [self.input])
+
+
 class TokenizeText(Strict):
     model: Annotated[str, Field(min_length=1)] | None = None  # None: the base
     prompt: str
@@ -241,9 +267,11 @@ NOT_HONOURED: Final[dict[str, NotHonoured]] = {
 # Fields of one route that the other does not have.
 CHAT_ONLY = set(ChatRequest.model_fields) - set(CompletionRequest.model_fields)
 COMPLETIONS_ONLY = set(CompletionRequest.model_fields) - set(ChatRequest.model_fields)
+TEXTS = "must be text, a list of texts, a list of token ids, or a list of lists of token ids, not empty"
 # What a field with several forms takes; pydantic would describe the first form only.
 FORMS = {
-    "prompt": "must be text, a list of texts, a list of token ids, or a list of lists of token ids, not empty",
+    "prompt": TEXTS,
+    "input": TEXTS,
     "stop": f"must be text of 1 to 1024 characters, or a list of at most {MOST_STOPS} of them",
 }
 
@@ -289,7 +317,7 @@ def check_body(data: dict[str, Any], kind: type[Body], unknown: Callable[[str], 
     except ValidationError as error:
         faults = error.errors(include_url=False)
         name = str(faults[0]["loc"][0])
-        rule = FORMS.get(name) if issubclass(kind, GenerationRequest) else None
+        rule = FORMS.get(name) if issubclass(kind, GenerationRequest | EmbeddingRequest) else None
         if rule and name in data:
             raise InvalidRequest(f"{name} {rule} (got {reprlib.repr(data[name])}).", param=name) from None
         raise pydantic_error(list(faults)) from None
