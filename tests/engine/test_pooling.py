@@ -11,6 +11,7 @@ import pytest
 import torch
 from tests.engine.adapters import digest_of
 from tests.engine.test_scores import CONFIGS, PAGE, Reference, prompts, stores
+from torch.nn.functional import normalize
 
 __all__ = ["stores"]  # a fixture
 
@@ -20,7 +21,7 @@ POOLINGS = ("mean", "last")
 def expected(reference: Reference, name: str | None, prompt: list[int], pooling: str) -> torch.Tensor:
     found = reference.forward(name, prompt, [], output_hidden_states=True)
     states: torch.Tensor = found.hidden_states[-1][0, -len(prompt) :]  # behind virtual tokens
-    return states.mean(0) if pooling == "mean" else states[-1]
+    return normalize(states.mean(0) if pooling == "mean" else states[-1], dim=0)
 
 
 def pooled(driver: Any, identifier: str) -> torch.Tensor:
@@ -41,7 +42,7 @@ def check_all(driver: Any, reference: Reference) -> None:
     driver.run(*driver.outputs)
     for identifier, (text, name, pooling) in zip(ids, asked, strict=True):
         wanted = expected(reference, name, text, pooling)
-        torch.testing.assert_close(pooled(driver, identifier), wanted, rtol=0, atol=2e-5)
+        torch.testing.assert_close(pooled(driver, identifier), wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "phi3"])
@@ -108,7 +109,17 @@ def test_a_prompt_that_is_preempted_is_pooled_once(
     reference = Reference(folder, store)
     for identifier, (prompt, name) in zip(ids, asked, strict=True):
         wanted = expected(reference, name, prompt, "mean")
-        torch.testing.assert_close(pooled(driver, identifier), wanted, rtol=0, atol=2e-5)
+        torch.testing.assert_close(pooled(driver, identifier), wanted, rtol=0, atol=1e-5)
+
+
+def test_dimensions_are_cut_before_the_vector_is_scaled(
+    tiny_model: Callable[[str], Path], make_engine: Callable[..., Any]
+) -> None:
+    driver = make_engine(tiny_model("llama"))
+    ids = [driver.submit([5, 9, 27], max_tokens=0, pooling="mean", dimensions=n) for n in (None, 6)]
+    driver.run(*ids)
+    whole, cut = (pooled(driver, each) for each in ids)
+    torch.testing.assert_close(cut, normalize(whole[:6], dim=0))
 
 
 def test_only_the_mean_needs_every_token_again(

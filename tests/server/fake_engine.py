@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import struct
 import sys
@@ -128,10 +129,12 @@ class Sequence:
 
 
 def pooled(request: Generate) -> bytes:
-    """A number for each token of the prompt, in its order; what follows is 1, or 2 with an adapter."""
+    """A number for each token of the prompt, in its order; what follows is 1, or 2 with an adapter. Scaled."""
     rest = [1.0 + (request.adapter is not None)] * HIDDEN_SIZE
-    mean = request.sampling.pooling == "mean"
-    return struct.pack(f"<{HIDDEN_SIZE}f", *(([*request.prompt, *rest] if mean else rest)[:HIDDEN_SIZE]))
+    tokens = request.prompt if request.sampling.pooling == "mean" else []
+    vector = [*tokens, *rest][:HIDDEN_SIZE][: request.sampling.dimensions]
+    length = math.hypot(*vector)
+    return struct.pack(f"<{len(vector)}f", *(number / length for number in vector))
 
 
 def score(token: int, position: int, count: int) -> TokenLogprobs:

@@ -1,4 +1,4 @@
-"""`/v1/embeddings`: forms of input and output, dimensions, adapters, refusals. The vectors are in test_pooling.py."""
+"""`/v1/embeddings`: forms of input and output, dimensions, adapters, refusals. Real ones are in test_pooling.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ ROUTE = "/v1/embeddings"
 def vector(tokens: list[int], *, adapter: bool = False, size: int = HIDDEN_SIZE) -> np.ndarray[Any, Any]:
     """What the toy engine's states become."""
     numbers = np.array([*tokens, *[1.0 + adapter] * HIDDEN_SIZE][:size])
-    return numbers / np.linalg.norm(numbers)
+    scaled: np.ndarray[Any, Any] = numbers / np.linalg.norm(numbers)
+    return scaled
 
 
 def ask(server: Server, **fields: Any) -> dict[str, Any]:

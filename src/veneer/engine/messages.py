@@ -38,7 +38,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: int | None = None  # None: none; k: the chosen token and the k most likely
     constraint: Constraint | None = None  # comes without min_tokens and ignore_eos
     prompt_logprobs: int | None = None  # the same of each token of the prompt but the first
-    pooling: Literal["mean", "last"] | None = None  # hidden states of the prompt instead; with max_tokens 0
+    pooling: Literal["mean", "last"] | None = None  # a vector of the prompt instead; with max_tokens 0
+    dimensions: int | None = None  # of that vector, which is cut before it is scaled; None: all
 
 
 # ---- HTTP -> engine -------------------------------------------------------------------------------
@@ -180,7 +181,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_token: int | None = None  # the token that ended the sequence, when one did
     error: WireError | None = None
     cached_tokens: int = 0  # prompt tokens served from the prefix cache
-    pooled: bytes = b""  # float32 [hidden], with the end of a sequence that asked for pooling
+    pooled: bytes = b""  # float32 [dimensions] of length 1, at the end of a sequence that pools
 
 
 class Outputs(msgspec.Struct, frozen=True, tag=True):

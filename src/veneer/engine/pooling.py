@@ -1,4 +1,4 @@
-"""One vector for a prompt: the mean of its tokens' hidden states, or the last one's. Not normalized.
+"""One vector for a prompt: the mean of its tokens' hidden states, or the last one's, of length 1.
 
 Pooled is what the output head reads, the hidden states after the last norm. The chunks of a prompt add up on the
 host, in float64, so that the result does not depend on how it was cut. Virtual tokens have no hidden states.
@@ -30,7 +30,7 @@ class Pooled:
 
 
 def pool(planned: Iterable[Scheduled], hidden: torch.Tensor) -> list[Pooled]:
-    """The sums over the rows that a step computed and somebody wants pooled. hidden: [rows, hidden], in its order."""
+    """The sums over a step's rows that somebody wants pooled. hidden: [rows, hidden], in the order of the step."""
     found, row = [], 0
     for item in planned:
         wanted = item.unread
@@ -46,6 +46,6 @@ def pooled_bytes(sequence: Sequence) -> bytes:
     """What `SequenceOutput.pooled` is; nothing for a sequence that does not pool."""
     if sequence.pooled is None:
         return b""
-    virtual = sequence.num_virtual or 0
-    count = sequence.num_prompt_tokens - virtual if sequence.sampling.pooling == "mean" else 1
-    return (sequence.pooled / count).astype("<f4").tobytes()
+    vector = sequence.pooled[: sequence.sampling.dimensions]
+    length = float(np.linalg.norm(vector))  # dividing by it makes a mean of the sum, too
+    return (vector / (length or 1.0)).astype("<f4").tobytes()

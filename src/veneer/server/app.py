@@ -21,6 +21,7 @@ from veneer.server import (
     jobs_api,
     merge_api,
     models,
+    responses,
     tokenize_api,
     vllm_api,
 )
@@ -54,6 +55,7 @@ def create_app(state: ServerState) -> FastAPI:
         chat,
         completions,
         embeddings,
+        responses,
         tokenize_api,
         merge_api,
         adapters_api,

@@ -3,7 +3,8 @@
 Every route needs a key when keys are configured, unknown paths too; open are only `/health` and `/ready`,
 because load balancers cannot send one. Two kinds of key:
 
-* an API key (`--api-key`, repeatable) may read everything, generate and tokenize,
+* an API key (`--api-key`, repeatable) may read everything, generate and tokenize, and delete responses: whoever
+  knows a response's id has been told it,
 * the admin key (`--admin-api-key`) may also change things. A change is any method other than GET and HEAD on
   a route that is not in `GENERATES`, so a route added later is protected before anybody thinks of it.
 
@@ -24,8 +25,9 @@ from veneer.server.errors import error_response
 
 OPEN = frozenset({"/health", "/ready"})
 GENERATES = frozenset(
-    {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize", "/detokenize"}
+    {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/tokenize", "/detokenize"}
 )
+RESPONSES = "/v1/responses/"  # one of them by its id
 READS = frozenset({"GET", "HEAD"})
 
 
@@ -40,7 +42,7 @@ class KeyCheck:
         """Raise `Unauthorized` or `Forbidden` unless the `Authorization` header's key may do this."""
         if path in OPEN:
             return
-        changes = method not in READS and path not in GENERATES
+        changes = method not in READS and path not in GENERATES and not path.startswith(RESPONSES)
         needs_admin = changes and self._admin_key is not None
         if not self._api_keys and not needs_admin:
             return

@@ -42,6 +42,21 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def natural(text: str) -> int:
+    """A whole number, 0 included."""
+    if not text.isascii() or not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def days(text: str) -> float:
+    """More than none, at most ten thousand."""
+    value = _number(text)
+    if not 0 < value <= 10_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of days above 0, at most 10000")
+    return value
+
+
 def port(text: str) -> int:
     """A TCP port; 0 lets the system choose a free one."""
     if not text.isascii() or not text.isdecimal() or int(text) > 65535:
@@ -167,6 +182,18 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         help="seconds running requests get on SIGTERM (%(default)s)",
     )
     http.add_argument("--max-upload", type=size, default=size("4GiB"), help="largest adapter upload (4GiB)")
+    http.add_argument(
+        "--max-responses",
+        type=natural,
+        default=10_000,
+        help="newest responses of /v1/responses that are stored; 0: none (%(default)s)",
+    )
+    http.add_argument(
+        "--response-days",
+        type=days,
+        default=30.0,
+        help="how long a response is stored (%(default)s)",
+    )
     http.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     http.add_argument("--access-log", action="store_true", help="log every HTTP request")
 

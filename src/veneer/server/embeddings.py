@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from typing import Any, NamedTuple, cast
+import struct
+from typing import Any, NamedTuple
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 from fastapi import APIRouter, Request, Response
 from starlette.requests import ClientDisconnect
 
@@ -29,11 +28,9 @@ from veneer.server.wire import EmbeddingRequest, read_body
 router = APIRouter()
 ROUTE = "/v1/embeddings"
 
-Vector = npt.NDArray[np.float32]
-
 
 class _Answer(NamedTuple):
-    vectors: list[Vector]
+    vectors: list[bytes]  # float32, little-endian
     tokens: int
     adapter: AdapterVersion | None
 
@@ -61,16 +58,18 @@ async def _answer(state: ServerState, body: EmbeddingRequest) -> _Answer:
         text = await state.texts.of(adapter)
         work = lambda: _tokenize(body, text, info, adapter)  # noqa: E731
         prompts = await (state.texts.run(work) if text.is_slow else asyncio.to_thread(work))
-        params = SamplingParams(max_tokens=0, temperature=0.0, pooling=body.pooling)
+        params = SamplingParams(
+            max_tokens=0, temperature=0.0, pooling=body.pooling, dimensions=body.dimensions
+        )
         limits = [limit for limit in (body.timeout, state.config.request_timeout) if limit is not None]
-        vectors: dict[int, Vector] = {}
+        vectors: dict[int, bytes] = {}
         with state.engine.submit(
             [NewSequence(prompt, params) for prompt in prompts],
             select_task(adapter, body.task_id),
             min(limits, default=None),
         ) as generation:
             async for index, output in generation:
-                vectors[index] = _normalized(np.frombuffer(output.pooled, "<f4")[: body.dimensions])
+                vectors[index] = output.pooled
         count = sum(map(len, prompts))
         state.metrics.tokens(adapter.name if adapter else None, count, 0)
         return _Answer([vectors[index] for index in range(len(prompts))], count, adapter)
@@ -109,12 +108,6 @@ def _tokenize(
     return prompts
 
 
-def _normalized(vector: Vector) -> Vector:
-    """Scaled to length 1, but for one of zeros."""
-    length = float(np.linalg.norm(vector.astype(np.float64)))
-    return cast(Vector, (vector / (length or 1.0)).astype("<f4"))
-
-
 def _encode(body: EmbeddingRequest, answer: _Answer) -> bytes:
     """OpenAI's `CreateEmbeddingResponse`."""
     as_text = body.encoding_format == "base64"
@@ -122,7 +115,9 @@ def _encode(body: EmbeddingRequest, answer: _Answer) -> bytes:
         {
             "object": "embedding",
             "index": index,
-            "embedding": base64.b64encode(vector.tobytes()).decode() if as_text else vector.tolist(),
+            "embedding": base64.b64encode(vector).decode()
+            if as_text
+            else struct.unpack(f"<{len(vector) // 4}f", vector),
         }
         for index, vector in enumerate(answer.vectors)
     ]

@@ -94,6 +94,8 @@ def options_from(arguments: argparse.Namespace, folder: Path) -> ServeOptions:
         max_jobs=arguments.max_jobs,
         max_unfinished_jobs=arguments.max_unfinished_jobs,
         max_checkpoints=arguments.max_checkpoints,
+        max_responses=arguments.max_responses,
+        response_days=arguments.response_days,
         request_timeout=arguments.request_timeout or None,
         tool_call_parser=arguments.tool_call_parser,
     )

@@ -22,6 +22,7 @@ from veneer.adapters.store import AdapterStore
 from veneer.engine.client import EngineClient
 from veneer.server.adapter_text import AdapterTexts, base_text
 from veneer.server.known_blends import KnownBlends
+from veneer.server.response_store import ResponseStore
 from veneer.training.jobs.file_store import FileStore
 from veneer.training.jobs.job_store import JobStore
 
@@ -47,6 +48,8 @@ class ServerConfig:
     max_jobs: int = 1000  # fine-tuning jobs that are remembered; the oldest that are over go first
     max_unfinished_jobs: int = 64  # fine-tuning jobs that wait, run or are paused
     max_checkpoints: int = 100  # newest ones of a job that are served
+    max_responses: int = 10_000  # of /v1/responses that are stored, the newest; 0: none
+    response_days: float = 30.0  # that they are stored
 
 
 class Metrics(Protocol):
@@ -125,12 +128,16 @@ class ServerState:
     merging: asyncio.Lock = field(default_factory=asyncio.Lock)  # each merge keeps a thread waiting
     files: FileStore = field(init=False)
     jobs: JobStore = field(init=False)
+    responses: ResponseStore = field(init=False)
 
     def __post_init__(self) -> None:
         self.texts = AdapterTexts(base_text(self.model_folder), self.store.blob)
         self.blends = KnownBlends(self.engine)
         self.files = FileStore(self.store)
         self.jobs = JobStore(self.store, self.files)
+        self.responses = ResponseStore(
+            self.store, most=self.config.max_responses, lifetime=self.config.response_days * 86400
+        )
 
     @property
     def fingerprint(self) -> str:

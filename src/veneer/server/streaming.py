@@ -74,20 +74,26 @@ async def respond(request: Request, route: str, kind: type[Body], prepare: Prepa
     state = state_of(request)
     try:
         body = await read_body(request, kind, state.config.max_body_bytes, state.metrics.unknown_field)
-        exchange = _Exchange(state, route, body, prepare, received)
-        exchange.inline = int(request.headers.get("content-length", INLINE_BYTES + 1)) <= INLINE_BYTES
-        if not body.stream:
-            answer = await until_disconnect(request, exchange.answer())
-            return Response(answer, headers=exchange.headers(), media_type="application/json")
-        events = exchange.events()
-        first = await until_disconnect(request, _first(events))
-        return EventStream(first, events, exchange.headers())
+        return await reply(request, Exchange(state, route, body, prepare, received), stream=body.stream)
     except ClientDisconnect:
         return Response(status_code=499)  # nobody reads it; the number is nginx's for access logs
 
 
-class _Exchange(Generic[Body]):
+async def reply(request: Request, exchange: Exchange[Any], *, stream: bool) -> Response:
+    """Raises ClientDisconnect, and VeneerErrors as long as no header has been sent."""
+    exchange.inline = int(request.headers.get("content-length", INLINE_BYTES + 1)) <= INLINE_BYTES
+    if not stream:
+        answer = await until_disconnect(request, exchange.answer())
+        return Response(answer, headers=exchange.headers(), media_type="application/json")
+    events = exchange.events()
+    first = await until_disconnect(request, _first(events))
+    return EventStream(first, events, exchange)
+
+
+class Exchange(Generic[Body]):
     """One request being answered."""
+
+    end = b"data: [DONE]\n\n"  # of a stream
 
     def __init__(
         self, state: ServerState, route: str, body: Body, prepare: Prepare[Body], received: float
@@ -123,6 +129,10 @@ class _Exchange(Generic[Body]):
                     yield _event(chunk | {"usage": None} if with_usage else chunk)
         if with_usage:
             yield _event(self._format.usage_chunk(self._usage))
+
+    def failed(self, error: VeneerError) -> bytes:
+        """The event of a stream that cannot go on; its status is sent."""
+        return _event(error_body(error))
 
     async def _deltas(self) -> AsyncGenerator[Delta]:
         state, body = self._state, self._body
@@ -193,9 +203,9 @@ def counted(state: ServerState, route: str, adapter: Served | None) -> Iterator[
 class EventStream(StreamingResponse):
     """Server-sent events. Closes its source for certain, however the connection ends."""
 
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes], headers: dict[str, str]) -> None:
-        self._rest = rest
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"} | headers
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes], exchange: Exchange[Any]) -> None:
+        self._rest, self._exchange = rest, exchange
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"} | exchange.headers()
         super().__init__(self._events(first), headers=headers, media_type="text/event-stream")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -209,12 +219,12 @@ class EventStream(StreamingResponse):
         try:
             async for event in self._rest:
                 yield event
-        except VeneerError as error:  # the status is sent; what is left is an event
-            yield _event(error_body(error))
+        except VeneerError as error:
+            yield self._exchange.failed(error)
         except Exception:
             log.exception("a stream failed")
-            yield _event(error_body(INTERNAL))
-        yield b"data: [DONE]\n\n"
+            yield self._exchange.failed(INTERNAL)
+        yield self._exchange.end
 
 
 def _event(data: dict[str, Any]) -> bytes:

@@ -1,4 +1,4 @@
-"""The bodies of `/v1/chat/completions`, `/v1/completions`, `/v1/embeddings` and `/tokenize`: what is read, what is refused.
+"""The bodies of chat, completions, embeddings and `/tokenize`: what is read, what is refused.
 
 Three kinds of field, and nothing else:
 
@@ -342,9 +342,15 @@ def _check_extra(extra: dict[str, Any], unknown: Callable[[str], None]) -> None:
         if rule is None:
             unknown(name)
             _log_once(name)
-        elif not rule.harmless(value):
-            message = f"{name}={reprlib.repr(value)} is not supported: {rule.why}."
-            raise InvalidRequest(message, param=name, code="unsupported_parameter")
+        else:
+            check_harmless(name, value, rule)
+
+
+def check_harmless(name: str, value: Any, rule: NotHonoured) -> None:
+    """Raises InvalidRequest for a value that asks for something."""
+    if not rule.harmless(value):
+        message = f"{name}={reprlib.repr(value)} is not supported: {rule.why}."
+        raise InvalidRequest(message, param=name, code="unsupported_parameter")
 
 
 def _log_once(name: str) -> None:
