@@ -27,6 +27,8 @@ CHANGES = {
     ("DELETE", "/v1/aliases/{alias:path}"),
     ("POST", "/v1/load_lora_adapter"),
     ("POST", "/v1/unload_lora_adapter"),
+    ("POST", "/load_lora_adapter"),
+    ("POST", "/unload_lora_adapter"),
     ("DELETE", "/v1/models/{model:path}"),
     ("POST", "/v1/files"),
     ("DELETE", "/v1/files/{file_id}"),

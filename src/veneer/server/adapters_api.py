@@ -103,12 +103,12 @@ async def delete_adapter(request: Request, name: str) -> Response:
 
 @router.post("/v1/adapters/{name:path}/pin")
 async def pin_adapter(request: Request, name: str) -> Response:
-    return await _pin(request, name, True)
+    return await _pinned(request, name, True)
 
 
 @router.post("/v1/adapters/{name:path}/unpin")
 async def unpin_adapter(request: Request, name: str) -> Response:
-    return await _pin(request, name, False)
+    return await _pinned(request, name, False)
 
 
 @router.post("/v1/adapters/{name:path}/rollback")
@@ -203,9 +203,14 @@ async def _described(state: ServerState, selector: Selector) -> dict[str, Any]:
     return described | {"versions": [adapter_object(state, each) for each in versions]}
 
 
-async def _pin(request: Request, name: str, pinned: bool) -> Response:
+async def _pinned(request: Request, name: str, pinned: bool) -> Response:
     state = state_of(request)
-    name = _name_only(state, name)
+    record = await set_pinned(state, _name_only(state, name), pinned)
+    return _answer(await _described(state, Selector(record.name)))
+
+
+async def set_pinned(state: ServerState, name: str, pinned: bool) -> AdapterVersion:
+    """Keep an adapter on the device, or stop it. Raises Conflict when no slot is left for it."""
     before = (await asyncio.to_thread(state.store.resolve, name)).pinned
     record = await asyncio.to_thread(state.store.set_pinned, name, pinned)
     try:
@@ -214,7 +219,7 @@ async def _pin(request: Request, name: str, pinned: bool) -> Response:
         await asyncio.to_thread(state.store.set_pinned, name, before)
         await follow_pins(state)  # some of its tasks may be pinned
         raise
-    return json_answer(await _described(state, Selector(record.name)))
+    return record
 
 
 def _aliases(records: Iterable[AdapterVersion]) -> defaultdict[str, list[str]]:

@@ -22,6 +22,7 @@ from veneer.server import (
     merge_api,
     models,
     responses,
+    sglang_api,
     tokenize_api,
     vllm_api,
 )
@@ -61,6 +62,7 @@ def create_app(state: ServerState) -> FastAPI:
         adapters_api,
         aliases_api,
         vllm_api,
+        sglang_api,
         files_api,
         jobs_api,
     ):

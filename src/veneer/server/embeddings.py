@@ -20,7 +20,7 @@ from veneer.engine.client import NewSequence
 from veneer.engine.messages import EngineInfo, SamplingParams
 from veneer.errors import InvalidRequest
 from veneer.server.adapter_text import Text
-from veneer.server.generation import check_tokens, select_adapter, select_task, vocabulary_of
+from veneer.server.generation import check_tokens, chosen_model, select_adapter, select_task, vocabulary_of
 from veneer.server.state import ServerState, state_of
 from veneer.server.streaming import adapter_headers, counted, until_disconnect
 from veneer.server.wire import EmbeddingRequest, read_body
@@ -51,7 +51,7 @@ async def embeddings(request: Request) -> Response:
 
 async def _answer(state: ServerState, body: EmbeddingRequest) -> _Answer:
     # No await between these two: a delete waits for the requests that hold what it deletes.
-    adapter = select_adapter(state, body.model)
+    adapter = select_adapter(state, chosen_model(state, body.model, body.lora_path))
     with counted(state, ROUTE, adapter):
         info = state.engine.require_ready()
         _check(state, body, info)

@@ -27,7 +27,7 @@ from veneer.server.blend_wire import Mixture, make_blend
 from veneer.server.state import ServerState
 from veneer.server.structured import Grammar
 from veneer.server.text import Entry, TextStream
-from veneer.server.wire import ChatRequest, CompletionRequest, GenerationRequest
+from veneer.server.wire import ChatRequest, CompletionRequest, GenerationRequest, LoraPath
 
 GREEDY_BELOW = 1e-5  # a lower temperature divides logits beyond float32; vLLM draws the same line
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
@@ -70,6 +70,22 @@ class Usage:
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
+
+
+def chosen_model(state: ServerState, model: str, lora_path: LoraPath) -> str:
+    """What `model` is with SGLang's `lora_path`, which names the adapter beside the base. Raises InvalidRequest."""
+    names = {lora_path} if isinstance(lora_path, str) else set(lora_path or [None])
+    if len(names) > 1:
+        shown = ", ".join(sorted(map(repr, names)))
+        rule = "one request has one adapter; send one request for each"
+        raise InvalidRequest(f"lora_path names several ({shown}): {rule}.", param="lora_path")
+    (name,) = names
+    if not name or name == model:
+        return model
+    if not isinstance(parse_selector(model, state.served_name), Base):
+        rule = f"model={model!r} is another adapter; send the base, {state.served_name!r}, as model"
+        raise InvalidRequest(f"lora_path={name!r}: {rule}.", param="lora_path")
+    return name
 
 
 def select_adapter(state: ServerState, model: str, mixture: Mixture = Mixture()) -> Served | None:  # noqa: B008

@@ -25,7 +25,7 @@ from veneer.engine.messages import AdapterInfo
 from veneer.errors import VeneerError
 from veneer.server.adapter_text import Text
 from veneer.server.errors import INTERNAL, error_body
-from veneer.server.generation import Delta, Run, Usage, select_adapter
+from veneer.server.generation import Delta, Run, Usage, chosen_model, select_adapter
 from veneer.server.state import ServerState, state_of
 from veneer.server.structured import Grammar
 from veneer.server.wire import GenerationRequest, read_body
@@ -137,7 +137,8 @@ class Exchange(Generic[Body]):
     async def _deltas(self) -> AsyncGenerator[Delta]:
         state, body = self._state, self._body
         # No await between these two: a delete waits for the requests that hold what it deletes.
-        self._adapter = adapter = select_adapter(state, body.model, body.mixture)
+        model = chosen_model(state, body.model, body.lora_path)
+        self._adapter = adapter = select_adapter(state, model, body.mixture)
         with counted(state, self._route, adapter):
             state.engine.require_ready()
             text = await state.texts.of(adapter)

@@ -55,9 +55,7 @@ async def unload_lora_adapter(request: Request, body: UnloadBody) -> Response:
     try:
         if not body.lora_name:
             raise _invalid("'lora_name' needs to be provided to unload a LoRA adapter.")
-        if not await _exists(state, body.lora_name):
-            raise NotFound(f"The lora adapter '{body.lora_name}' cannot be found.")
-        await delete(state, body.lora_name)
+        await unload(state, body.lora_name)
     except VeneerError as error:
         return _error(error)
     return _success(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
@@ -68,16 +66,28 @@ async def _load(state: ServerState, body: LoadBody) -> None:
         raise _invalid("Both 'lora_name' and 'lora_path' must be provided.")
     if body.is_3d_lora_weight:
         raise _invalid("'is_3d_lora_weight' is not supported: adapters of fused experts are not served.")
-    require_engine(state)
-    if not body.load_inplace and await _exists(state, body.lora_name):
+    if not body.load_inplace and await exists(state, body.lora_name):
         raise _invalid(
             f"The lora adapter '{body.lora_name}' has already been loaded. If you want to load the adapter "
             "in place, set 'load_inplace' to True."
         )
-    await publish(state, body.lora_name, fill_from(state, body.lora_path, state.config.adapter_dirs))
+    await load(state, body.lora_name, body.lora_path)
 
 
-async def _exists(state: ServerState, name: str) -> bool:
+async def load(state: ServerState, name: str, path: str) -> None:
+    """Make what is at `path` the next version of `name`. Raises what `publish` raises."""
+    require_engine(state)
+    await publish(state, name, fill_from(state, path, state.config.adapter_dirs))
+
+
+async def unload(state: ServerState, name: str) -> None:
+    """Delete the adapter. Raises NotFound in vLLM's words."""
+    if not await exists(state, name):
+        raise NotFound(f"The lora adapter '{name}' cannot be found.", param="lora_name")
+    await delete(state, name)
+
+
+async def exists(state: ServerState, name: str) -> bool:
     if not is_name(name):
         return False
     try:

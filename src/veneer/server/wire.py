@@ -34,6 +34,7 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 MOST_STOPS = 64  # OpenAI takes 4; tasks of lm-evaluation-harness have more
 MOST_LOGPROBS = 20  # vLLM's bound
+LoraPath = str | Annotated[list[str | None], Field(min_length=1, max_length=1024)] | None
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
@@ -73,6 +74,7 @@ class GenerationRequest(Strict):
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    lora_path: LoraPath = None  # SGLang's: an adapter's name, with the base as model
     # ours
     task_id: Annotated[int, Field(ge=0, lt=2**31)] | None = None  # for an adapter with several tasks
     timeout: Annotated[float, Field(gt=0, le=86400)] | None = None  # seconds for the whole request
@@ -143,6 +145,7 @@ class EmbeddingRequest(Strict):
     dimensions: Annotated[int, Field(ge=1)] | None = None
     # vLLM's
     add_special_tokens: bool = True
+    lora_path: LoraPath = None  # SGLang's
     # ours
     pooling: Literal["mean", "last"] = "mean"
     task_id: Annotated[int, Field(ge=0, lt=2**31)] | None = None
@@ -272,6 +275,7 @@ TEXTS = "must be text, a list of texts, a list of token ids, or a list of lists 
 FORMS = {
     "prompt": TEXTS,
     "input": TEXTS,
+    "lora_path": "must be an adapter's name, or a list of them",
     "stop": f"must be text of 1 to 1024 characters, or a list of at most {MOST_STOPS} of them",
 }
 
