@@ -56,7 +56,11 @@ def train_tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the HTTP process reads of a model: tokenizer and chat template."""
-    folder = tmp_path_factory.mktemp("model")
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+def write_model(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
     train_tokenizer().save(str(folder / "tokenizer.json"))
     config = {"bos_token": "<|im_start|>", "eos_token": "<|end|>", "pad_token": "<|pad|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -67,10 +71,10 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Server:
     """A running server. `state` belongs to its thread's loop: use `call` for coroutines."""
 
-    def __init__(self, state: ServerState, log: Path) -> None:
+    def __init__(self, state: ServerState, log: Path, listening: socket.socket | None = None) -> None:
         self.state, self.log = state, log
         self.running = False
-        self._listening = socket.create_server(("127.0.0.1", 0))
+        self._listening = listening or socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
         self.http = httpx.Client(base_url=self.url, timeout=WAIT)
         self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=WAIT)
@@ -153,6 +157,7 @@ class MakeServer:
         engine: dict[str, Any] | None = None,
         adapters: tuple[str, ...] = (),
         after: Server | None = None,
+        listening: socket.socket | None = None,
     ) -> Server:
         """A server with a store of its own, or with that of one that was stopped."""
         folder = after.log.parent if after else self._folder / f"server-{len(self._running)}"
@@ -170,7 +175,7 @@ class MakeServer:
             config=config,
             metrics=PrometheusMetrics(),
         )
-        self._running.append(Server(state, log).__enter__())
+        self._running.append(Server(state, log, listening).__enter__())
         return self._running[-1]
 
     def stop(self) -> None:

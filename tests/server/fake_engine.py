@@ -389,7 +389,7 @@ class FakeEngine:
             base_bytes=0,
             vocab_size=VOCAB_SIZE,
             hidden_size=HIDDEN_SIZE,
-            max_model_len=CONTEXT,
+            max_model_len=self.options.context,
             eos_token_ids=[EOS],
             num_pages=1,
             page_size=16,
@@ -433,6 +433,7 @@ def main() -> None:
     parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("--step-seconds", type=float, default=0.002)
     parser.add_argument("--load-seconds", type=float, default=0.0)
+    parser.add_argument("--context", type=int, default=CONTEXT)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--exit-at-start", action="store_true")
     parser.add_argument("address")

@@ -29,6 +29,7 @@ from veneer.server import (
 from veneer.server.auth import AuthMiddleware
 from veneer.server.errors import install_error_handlers
 from veneer.server.jobs import JobSupervisor
+from veneer.server.openapi import install_document
 from veneer.server.state import ServerState
 
 
@@ -67,6 +68,7 @@ def create_app(state: ServerState) -> FastAPI:
         jobs_api,
     ):
         app.include_router(module.router)
+    install_document(app)
     return app
 
 

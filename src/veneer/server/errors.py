@@ -10,7 +10,9 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import iter_route_contexts
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 from veneer.errors import EngineUnavailable, InvalidRequest, NotFound, QueueFull, VeneerError
 
@@ -46,6 +48,15 @@ def pydantic_error(errors: list[Any]) -> InvalidRequest:
     return InvalidRequest(f"{param or 'The request'}: {first['msg']}{shown}.", param=param or None)
 
 
+def _methods(request: Request) -> list[str]:
+    """What the path of a request takes; one router alone would tell of its first route's methods."""
+    found: set[str] = set()
+    for each in iter_route_contexts(request.app.routes):
+        if isinstance(each.route, Route) and each.route.path_regex.match(request.url.path):
+            found |= each.methods or set()
+    return sorted(found)
+
+
 def install_error_handlers(app: FastAPI) -> None:
     async def veneer_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, VeneerError)
@@ -60,7 +71,7 @@ def install_error_handlers(app: FastAPI) -> None:
         if error.status_code == HTTPStatus.NOT_FOUND:
             return error_response(NotFound(f"There is no route {request.method} {request.url.path}."))
         if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-            allowed = (error.headers or {}).get("Allow", "")
+            allowed = ", ".join(_methods(request))
             message = f"{request.url.path} does not take {request.method}; it takes {allowed}."
             reply = error_response(InvalidRequest(message, code="method_not_allowed"))
             reply.headers["Allow"] = allowed
