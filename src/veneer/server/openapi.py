@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from veneer.server.jobs_wire import CreateJob
-from veneer.server.responses_wire import ResponseRequest
+from veneer.server.responses_wire import PASSED, ResponseRequest
 from veneer.server.wire import (
     ChatRequest,
     CompletionRequest,
@@ -127,6 +127,8 @@ def _complete(document: dict[str, Any]) -> dict[str, Any]:
     schemas |= found["$defs"] | {"Error": _ERROR}
     for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's, which is never sent
         schemas.pop(name, None)
+    chat = schemas[ChatRequest.__name__]["properties"]
+    schemas[ResponseRequest.__name__]["properties"] |= {name: chat[name] for name in sorted(PASSED)}
     for model in models:
         _allow_null(schemas[model.__name__])
     for path, methods in document["paths"].items():
