@@ -2,7 +2,8 @@
 
     PYTHONPATH=src:. python tests/clients/toy_server.py --port 8123
 
-Prints its address when it is ready and serves until it is interrupted. It has the adapters `sql` and `team/poet`.
+Prints its address when it is ready and serves until it is interrupted. It has the adapters `sql` and `team/poet`;
+its `/openapi.json` names them.
 """
 
 from __future__ import annotations
@@ -13,8 +14,19 @@ import socket
 import tempfile
 import threading
 from pathlib import Path
+from typing import Any
 
-from tests.server.conftest import MakeServer, write_model
+from tests.server.conftest import BASE, MakeServer, write_model
+
+MODELS = (BASE, "sql", "team/poet")
+
+
+def name_models(document: dict[str, Any]) -> None:
+    """Say in the document which models there are, so that made-up requests get further than to a 404."""
+    for schema in document["components"]["schemas"].values():
+        model = schema.get("properties", {}).get("model")
+        if model:
+            schema["properties"]["model"] = {"type": "string", "enum": list(MODELS)}
 
 
 def main() -> None:
@@ -28,7 +40,8 @@ def main() -> None:
         signal.signal(number, lambda *_: ended.set())
     with tempfile.TemporaryDirectory() as folder:
         make = MakeServer(Path(folder), write_model(Path(folder) / "model"))
-        server = make(adapters=("sql", "team/poet"), listening=socket.create_server(("127.0.0.1", port)))
+        server = make(adapters=MODELS[1:], listening=socket.create_server(("127.0.0.1", port)))
+        name_models(server.app.openapi())
         print(server.until_ready().url, flush=True)
         ended.wait()
         make.stop()
