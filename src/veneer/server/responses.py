@@ -25,6 +25,7 @@ from starlette.requests import ClientDisconnect
 from veneer.errors import InvalidRequest, NotFound, VeneerError
 from veneer.server import chat
 from veneer.server.adapter_text import Text
+from veneer.server.generation import Delta
 from veneer.server.response_events import Event, ResponseWriter
 from veneer.server.response_items import messages_of, new_response_id, read_input
 from veneer.server.response_store import Item
@@ -177,13 +178,18 @@ class _ResponseExchange(Exchange[ChatRequest]):
             await asyncio.to_thread(self._state.responses.add, events[-1]["response"], self._items)
         return events
 
-    def _prepared(self, state: ServerState, text: Text, body: ChatRequest) -> Prepared:
+    async def _deltas(self) -> AsyncGenerator[Delta]:
         try:
-            prepared = chat.prepare(state, text, body)
-            if self._asked.truncation == "auto":
-                prepared = self._fitted(prepared, text)
+            async with aclosing(super()._deltas()) as deltas:
+                async for delta in deltas:
+                    yield delta
         except InvalidRequest as error:
             raise renamed(error) from None
+
+    def _prepared(self, state: ServerState, text: Text, body: ChatRequest) -> Prepared:
+        prepared = chat.prepare(state, text, body)
+        if self._asked.truncation == "auto":
+            prepared = self._fitted(prepared, text)
         self._writer = ResponseWriter(self._frame, prepared.format)
         return prepared._replace(param="input")
 
