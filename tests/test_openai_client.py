@@ -67,6 +67,38 @@ def greedy(client: OpenAI, model: str = BASE, tokens: int = 24, **fields: Any) -
 # ---- answers -------------------------------------------------------------------------------------
 
 
+def test_a_response_is_what_the_chat_says(client: OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "negate", "temperature": 0, "max_output_tokens": 24}
+    first = client.responses.create(input=SENTENCE, **asked)
+    assert first.output_text == "They do not wash a warm coat."
+    with client.responses.stream(
+        input="The pilot reads a letter.", previous_response_id=first.id, **asked
+    ) as events:
+        events.until_done()
+        last = events.get_final_response()
+    messages = [*SENTENCE, {"role": "assistant", "content": first.output_text}]
+    messages.append({"role": "user", "content": "The pilot reads a letter."})
+    assert [last.output_text] == texts(greedy(client, "negate", messages=messages))
+
+
+def test_an_adapter_has_embeddings_of_its_own(client: OpenAI) -> None:
+    asked = ["They wash a warm coat.", "A ship left the harbour."]
+    found: dict[str, Any] = {
+        model: [each.embedding for each in client.embeddings.create(model=model, input=asked).data]
+        for model in (BASE, "negate")
+    }
+
+    def cosine(one: list[float], other: list[float]) -> float:
+        return math.fsum(a * b for a, b in zip(one, other, strict=True))
+
+    for vectors in found.values():
+        assert all(cosine(each, each) == pytest.approx(1, abs=1e-5) for each in vectors)
+    assert cosine(*found[BASE]) < 0.999
+    assert cosine(found[BASE][0], found["negate"][0]) < 0.999
+    alone = client.embeddings.create(model="negate", input=asked[0]).data[0].embedding
+    assert cosine(alone, found["negate"][0]) == pytest.approx(1, abs=1e-5)
+
+
 def test_a_chat_answer_has_every_part(client: OpenAI) -> None:
     reply = greedy(client, tokens=8)
     choice = reply.choices[0]

@@ -26,7 +26,8 @@ def name_models(document: dict[str, Any]) -> None:
     for schema in document["components"]["schemas"].values():
         model = schema.get("properties", {}).get("model")
         if model:
-            schema["properties"]["model"] = {"type": "string", "enum": list(MODELS)}
+            absent = [] if "model" in schema.get("required", []) else [None]
+            schema["properties"]["model"] = {"enum": [*MODELS, *absent]}
 
 
 def main() -> None:

@@ -151,6 +151,7 @@ class _ResponseExchange(Exchange[ChatRequest]):
         messages = messages_of(items, body.instructions)
         chat_body = chat_request(body, passed, messages, state.metrics.unknown_field)
         super().__init__(state, ROUTE, chat_body, self._prepared, received)
+        self.inline = False  # a stored conversation is longer than the body
 
     async def answer(self) -> bytes:
         async with aclosing(self._deltas()) as deltas:

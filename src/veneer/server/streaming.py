@@ -81,7 +81,7 @@ async def respond(request: Request, route: str, kind: type[Body], prepare: Prepa
 
 async def reply(request: Request, exchange: Exchange[Any], *, stream: bool) -> Response:
     """Raises ClientDisconnect, and VeneerErrors as long as no header has been sent."""
-    exchange.inline = int(request.headers.get("content-length", INLINE_BYTES + 1)) <= INLINE_BYTES
+    exchange.inline &= int(request.headers.get("content-length", INLINE_BYTES + 1)) <= INLINE_BYTES
     if not stream:
         answer = await until_disconnect(request, exchange.answer())
         return Response(answer, headers=exchange.headers(), media_type="application/json")
@@ -104,7 +104,7 @@ class Exchange(Generic[Body]):
         self._blend: AdapterInfo | None = None  # what is known of it, if it is one
         self._format: Format
         self._usage: Usage
-        self.inline = True
+        self.inline = True  # what is tokenized came with the body
 
     def headers(self) -> dict[str, str]:
         return adapter_headers(self._adapter, self._blend)
