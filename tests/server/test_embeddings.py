@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tests.server.conftest import BASE, MakeServer, Server
 from tests.server.fake_engine import CONTEXT, HIDDEN_SIZE, VOCAB_SIZE
+from tests.server.responses import conforms
 
 from veneer.server.state import ServerConfig
 
@@ -38,7 +39,9 @@ def test_every_form_of_input(server: Server) -> None:
     texts = ["the quick", "one two three"]
     ids = [tokens_of(server, text) for text in texts]
     for given, wanted in ((texts, ids), (ids, ids), (texts[0], ids[:1]), (ids[1], ids[1:])):
+        conforms({"model": BASE, "input": given, "encoding_format": "float"}, "CreateEmbeddingRequest")
         found = ask(server, input=given)
+        conforms(found, "CreateEmbeddingResponse")
         assert (found["object"], found["model"]) == ("list", BASE)
         count = sum(map(len, wanted))
         assert found["usage"] == {"prompt_tokens": count, "total_tokens": count}
