@@ -85,6 +85,18 @@ def test_the_adapter_is_named(server: Server) -> None:
     assert server.received("Generate")[0]["adapter"] == reply.headers["x-veneer-adapter-digest"]
 
 
+def test_blends_have_embeddings(server: Server) -> None:
+    both = [{"id": "sql", "weight": 0.5}, {"id": "team/poet"}]
+    reply = server.post(ROUTE, {"model": BASE, "input": [3], "adapters": both})
+    assert reply.status_code == 200, reply.text
+    chat = {"model": BASE, "prompt": [3], "max_tokens": 1, "adapters": both}
+    assert (
+        reply.headers["x-veneer-adapter"] == server.post("/v1/completions", chat).headers["x-veneer-adapter"]
+    )
+    first, second = server.received("Generate")
+    assert first["adapter"] == second["adapter"]
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "rule"),
     [

@@ -110,6 +110,13 @@ def test_the_adapter_is_named(server: Server) -> None:
     assert reply.headers["x-veneer-adapter-digest"] == server.received("Generate")[-1]["adapter"]
 
 
+def test_blends_answer(server: Server) -> None:
+    both = [{"id": "sql", "weight": 0.5}, {"id": "team/poet"}]
+    reply = post(server, adapters=both)
+    assert reply.status_code == 200, reply.text
+    assert "sql" in reply.headers["x-veneer-adapter"]
+
+
 def test_what_a_chat_honours_goes_through(server: Server) -> None:
     create(server, top_k=7, seed=5, min_p=0.25, stop_token_ids=[9], max_output_tokens=3)
     (sent,) = server.received("Generate")

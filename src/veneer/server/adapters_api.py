@@ -206,7 +206,7 @@ async def _described(state: ServerState, selector: Selector) -> dict[str, Any]:
 async def _pinned(request: Request, name: str, pinned: bool) -> Response:
     state = state_of(request)
     record = await set_pinned(state, _name_only(state, name), pinned)
-    return _answer(await _described(state, Selector(record.name)))
+    return json_answer(await _described(state, Selector(record.name)))
 
 
 async def set_pinned(state: ServerState, name: str, pinned: bool) -> AdapterVersion:

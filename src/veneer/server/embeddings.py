@@ -15,7 +15,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from starlette.requests import ClientDisconnect
 
-from veneer.adapters.schema import AdapterVersion
+from veneer.adapters.saved_blends import Blend, Served
 from veneer.engine.client import NewSequence
 from veneer.engine.messages import EngineInfo, SamplingParams
 from veneer.errors import InvalidRequest
@@ -32,7 +32,7 @@ ROUTE = "/v1/embeddings"
 class _Answer(NamedTuple):
     vectors: list[bytes]  # float32, little-endian
     tokens: int
-    adapter: AdapterVersion | None
+    headers: dict[str, str]
 
 
 @router.post(ROUTE)
@@ -46,16 +46,17 @@ async def embeddings(request: Request) -> Response:
     except ClientDisconnect:
         return Response(status_code=499)
     encoded = await asyncio.to_thread(_encode, body, answer)
-    return Response(encoded, headers=adapter_headers(answer.adapter), media_type="application/json")
+    return Response(encoded, headers=answer.headers, media_type="application/json")
 
 
 async def _answer(state: ServerState, body: EmbeddingRequest) -> _Answer:
     # No await between these two: a delete waits for the requests that hold what it deletes.
-    adapter = select_adapter(state, chosen_model(state, body.model, body.lora_path))
+    adapter = select_adapter(state, chosen_model(state, body.model, body.lora_path), body.mixture)
     with counted(state, ROUTE, adapter):
         info = state.engine.require_ready()
         _check(state, body, info)
         text = await state.texts.of(adapter)
+        blend = await state.blends.of(adapter) if isinstance(adapter, Blend) else None
         work = lambda: _tokenize(body, text, info, adapter)  # noqa: E731
         prompts = await (state.texts.run(work) if text.is_slow else asyncio.to_thread(work))
         params = SamplingParams(
@@ -72,7 +73,8 @@ async def _answer(state: ServerState, body: EmbeddingRequest) -> _Answer:
                 vectors[index] = output.pooled
         count = sum(map(len, prompts))
         state.metrics.tokens(adapter.name if adapter else None, count, 0)
-        return _Answer([vectors[index] for index in range(len(prompts))], count, adapter)
+        found = [vectors[index] for index in range(len(prompts))]
+        return _Answer(found, count, adapter_headers(adapter, blend))
 
 
 def _check(state: ServerState, body: EmbeddingRequest, info: EngineInfo) -> None:
@@ -86,7 +88,7 @@ def _check(state: ServerState, body: EmbeddingRequest, info: EngineInfo) -> None
 
 
 def _tokenize(
-    body: EmbeddingRequest, text: Text, info: EngineInfo, adapter: AdapterVersion | None
+    body: EmbeddingRequest, text: Text, info: EngineInfo, adapter: Served | None
 ) -> list[list[int]]:
     """The inputs as tokens. Raises InvalidRequest for those that the model cannot take."""
     vocabulary = vocabulary_of(info, adapter)

@@ -76,6 +76,7 @@ _ANSWERS: Final[dict[str, tuple[str, ...]]] = {
     "/v1/chat/completions": (EVENTS,),
     "/v1/completions": (EVENTS,),
     "/v1/responses": (EVENTS,),
+    "/v1/adapters/merge": (EVENTS,),
     "/metrics": (TEXT,),
     "/v1/files/{file_id}/content": ("application/octet-stream",),
     "/v1/load_lora_adapter": (TEXT,),
@@ -83,6 +84,7 @@ _ANSWERS: Final[dict[str, tuple[str, ...]]] = {
 }
 _STATUSES: Final[dict[tuple[str, str], str]] = {
     ("/v1/adapters", "post"): "201",
+    ("/v1/adapters/merge", "post"): "201",
     ("/v1/adapters/{name}", "delete"): "202",
     ("/v1/models/{model}", "delete"): "202",
 }

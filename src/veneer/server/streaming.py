@@ -172,7 +172,7 @@ class Exchange(Generic[Body]):
 
 
 def adapter_headers(adapter: Served | None, blend: AdapterInfo | None) -> dict[str, str]:
-    """Which adapter version answered; a name alone may have moved since. `blend`: what is known of it, if it is one."""
+    """Which adapter version answered; a name alone may have moved since. `blend`: what is known of one."""
     if adapter is None:
         return {}
     if isinstance(adapter, Blend):

@@ -47,10 +47,26 @@ class StreamOptions(Strict):
     include_usage: bool = False
 
 
-class GenerationRequest(Strict):
-    """What both routes read. The defaults are OpenAI's, for vLLM's fields vLLM's."""
+class ModelRequest(Strict):
+    """Whom a request asks, and how long it may take."""
 
     model: Annotated[str, Field(min_length=1)]
+    lora_path: LoraPath = None  # SGLang's: an adapter's name, with the base as model
+    # ours
+    task_id: Annotated[int, Field(ge=0, lt=2**31)] | None = None  # for an adapter with several tasks
+    timeout: Annotated[float, Field(gt=0, le=86400)] | None = None  # seconds for the whole request
+    adapters: WeightedAdapters | None = None  # several at once, with the base as model
+    max_rank: Rank | None = None  # of these: products of a higher rank are cut to it
+    merged_adapters: MergedAdapters | None = None  # the same in LoRAX's words
+
+    @property
+    def mixture(self) -> Mixture:
+        return Mixture(self.adapters, self.merged_adapters, self.max_rank)
+
+
+class GenerationRequest(ModelRequest):
+    """What both routes read. The defaults are OpenAI's, for vLLM's fields vLLM's."""
+
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=128)] = 1
@@ -74,17 +90,6 @@ class GenerationRequest(Strict):
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    lora_path: LoraPath = None  # SGLang's: an adapter's name, with the base as model
-    # ours
-    task_id: Annotated[int, Field(ge=0, lt=2**31)] | None = None  # for an adapter with several tasks
-    timeout: Annotated[float, Field(gt=0, le=86400)] | None = None  # seconds for the whole request
-    adapters: WeightedAdapters | None = None  # several at once, with the base as model
-    max_rank: Rank | None = None  # of these: products of a higher rank are cut to it
-    merged_adapters: MergedAdapters | None = None  # the same in LoRAX's words
-
-    @property
-    def mixture(self) -> Mixture:
-        return Mixture(self.adapters, self.merged_adapters, self.max_rank)
 
     @property
     def stops(self) -> list[str]:
@@ -133,8 +138,7 @@ class CompletionRequest(GenerationRequest):
         return max((count for count in wanted if count is not None), default=None)
 
 
-class EmbeddingRequest(Strict):
-    model: Annotated[str, Field(min_length=1)]
+class EmbeddingRequest(ModelRequest):
     input: (
         str
         | Annotated[list[TokenId], Field(min_length=1)]
@@ -143,13 +147,8 @@ class EmbeddingRequest(Strict):
     )
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1)] | None = None
-    # vLLM's
-    add_special_tokens: bool = True
-    lora_path: LoraPath = None  # SGLang's
-    # ours
-    pooling: Literal["mean", "last"] = "mean"
-    task_id: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    timeout: Annotated[float, Field(gt=0, le=86400)] | None = None
+    add_special_tokens: bool = True  # vLLM's
+    pooling: Literal["mean", "last"] = "mean"  # ours
 
     @property
     def has_many(self) -> bool:
