@@ -282,7 +282,7 @@ def test_long_prompts_are_tokenized_off_the_loop(make_server: MakeServer) -> Non
 
 
 def test_unknown_routes_and_methods_have_openais_shape(server: Server) -> None:
-    missing = server.post("/v1/embeddings", {})
+    missing = server.post("/v1/images/generations", {})
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
     wrong = server.http.get("/v1/completions")
     assert (wrong.status_code, wrong.json()["error"]["code"]) == (405, "method_not_allowed")
