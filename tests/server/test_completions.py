@@ -44,7 +44,7 @@ def test_a_stream_carries_the_same_text(server: Server) -> None:
     )
     *chunks, last = list(stream)
     assert "".join(chunk.choices[0].text for chunk in chunks) == PROMPT
-    assert len(chunks) > 2
+    assert chunks  # tokens that came together are one
     assert chunks[-1].choices[0].finish_reason == "stop"
     assert all(chunk.usage is None for chunk in chunks)
     assert last.choices == []
