@@ -57,6 +57,8 @@ bench-gpu: $(INSTALLED)
 	$(BIN)/python -m benchmarks.serving
 	$(BIN)/python -m benchmarks.churn
 	$(BIN)/python -m benchmarks.swap
+	$(BIN)/python -m benchmarks.coserving
+	$(BIN)/python -m benchmarks.memory
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -22,6 +22,7 @@ from veneer.adapters.names import CONFIG_FILE, WEIGHTS_FILE
 from veneer.engine.hidden import LAYERS
 from veneer.engine.view import FrozenLinear
 from veneer.training.recipe import Adapter
+from veneer.training.trainable import Trainable
 
 PLACES = ("attention", "mlp", "block")
 SOURCES = ("output", "sum", "residual")
@@ -80,8 +81,8 @@ class Intervention(nn.Module):
         }
 
 
-class HiddenTrainable:
-    """Modules at hidden states; see `veneer.training.trainable.Trainable`."""
+class HiddenTrainable(Trainable):
+    """Modules at hidden states."""
 
     packs = False  # an intervention's places are those of one prompt
 
@@ -146,18 +147,6 @@ class HiddenTrainable:
     def begin(self, prompts: Sequence[int]) -> None:
         self._prompts = prompts
 
-    def stepped(self, step: int) -> None:
-        pass
-
-    def penalty(self) -> None:
-        return None
-
-    def state(self) -> dict[str, torch.Tensor]:
-        return {}
-
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        pass
-
     def save(self, folder: Path, dtype: torch.dtype) -> None:
         tensors = {
             f"{name}.{key}": each.detach().to("cpu", dtype).contiguous()
@@ -167,10 +156,8 @@ class HiddenTrainable:
         _write(folder, {**self._config, "peft_type": "BOTTLENECK", "layers": self.layers}, tensors)
 
 
-class LayersTrainable:
-    """Full weights of some linear layers; see `veneer.training.trainable.Trainable`."""
-
-    packs = True
+class LayersTrainable(Trainable):
+    """Full weights of some linear layers."""
 
     def __init__(
         self, view: Any, layers: Sequence[int], targets: Sequence[str] | str, base_name: str
@@ -197,21 +184,6 @@ class LayersTrainable:
         finally:
             for layer in self._freed.values():
                 layer.on = True
-
-    def begin(self, prompts: Sequence[int]) -> None:
-        pass
-
-    def stepped(self, step: int) -> None:
-        pass
-
-    def penalty(self) -> None:
-        return None
-
-    def state(self) -> dict[str, torch.Tensor]:
-        return {}
-
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        pass
 
     def save(self, folder: Path, dtype: torch.dtype) -> None:
         tensors = {

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,13 @@ from safetensors.torch import load_file, save_file
 
 from veneer.adapters.names import CONFIG_FILE, WEIGHTS_FILE
 from veneer.engine.view import FrozenLinear
+from veneer.training.trainable import Trainable
 
 _ALLOCATION = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # what AdaLoRA's allocator remembers, by parameter
 
 
-class PeftTrainable:
-    """See `veneer.training.trainable.Trainable`."""
+class PeftTrainable(Trainable):
+    """An adapter of PEFT's."""
 
     def __init__(self, view: Any, config: Any, base_name: str) -> None:
         with warnings.catch_warnings(record=True) as said:
@@ -50,9 +51,6 @@ class PeftTrainable:
     def disabled(self) -> AbstractContextManager[Any]:
         manager: AbstractContextManager[Any] = self.model.disable_adapter()
         return _without_offsets(self, manager) if self._whole else manager
-
-    def begin(self, prompts: Sequence[int]) -> None:
-        pass
 
     def stepped(self, step: int) -> None:
         if isinstance(self.model.base_model, AdaLoraModel):
