@@ -35,10 +35,10 @@ from veneer.training.control import Stopped, turns
 from veneer.training.data.encoding import Encoded
 from veneer.training.governor import Governor
 from veneer.training.kinds import Setting, make_trainable
-from veneer.training.process import SWITCH_INTERVAL, make_governor
+from veneer.training.process import make_governor
 from veneer.training.recipe import Adapter, Training
 from veneer.training.trainer import Trainer
-from veneer.training.worker import on_own_stream
+from veneer.training.worker import SWITCH_INTERVAL, on_own_stream
 
 REQUESTS, ADAPTERS, PROMPT = 16, 8, 64
 ENDLESS = 1_000_000  # steps

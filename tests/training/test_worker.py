@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from veneer.adapters.names import WEIGHTS_FILE
 from veneer.engine.base import Base, load_base
 from veneer.engine.messages import JobReport, StartJob, StopJob
+from veneer.engine.view import Resident
 from veneer.training import trainer as trainer_module
 from veneer.training.governor import Governor
-from veneer.training.job import Resident
 from veneer.training.worker import TrainingWorker
 
 ROWS = [

@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,6 +23,14 @@ from veneer.engine.layers import AdaptedLinear
 from veneer.engine.packed import FusedPart, PackedLinear, dequantized
 from veneer.kernels.backend import resolve
 from veneer.kernels.nf4 import dequantize_nf4
+
+
+class Resident(NamedTuple):
+    """A base to train on."""
+
+    base: Base
+    folder: Path  # its checkpoint and tokenizer
+    name: str  # as an adapter's config will call it
 
 
 class FrozenLinear(nn.Linear):

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoTokenizer
 
-from veneer.engine.base import Base
-from veneer.engine.view import trainable_view
+from veneer.engine.view import Resident, trainable_view
 from veneer.errors import InvalidRequest
 from veneer.training.control import Control, turns
 from veneer.training.data.collation import collate
@@ -31,14 +30,6 @@ from veneer.training.report import training_report, write_losses
 from veneer.training.trainer import Result, Rows, Trainer, total_steps
 
 _EXAMPLES = 32  # batches for initialisations that look at the data
-
-
-class Resident(NamedTuple):
-    """The base to train on."""
-
-    base: Base
-    folder: Path  # its checkpoint and tokenizer
-    name: str  # as the adapter's config will call it
 
 
 class Examples(NamedTuple):

@@ -5,7 +5,6 @@ The steps keep their thread and the training has one of its own; both read the o
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
@@ -14,11 +13,9 @@ import torch
 from veneer.engine import messages
 from veneer.engine.config import EngineConfig
 from veneer.engine.process import Loop, start
+from veneer.engine.view import Resident
 from veneer.training.governor import Governor
-from veneer.training.job import Resident
 from veneer.training.worker import TrainingWorker
-
-SWITCH_INTERVAL = 0.0005  # seconds a thread may keep the interpreter when the other wants it
 
 
 class TrainingLoop(Loop):
@@ -26,7 +23,6 @@ class TrainingLoop(Loop):
 
     def __init__(self, address: str, config: EngineConfig) -> None:
         super().__init__(address, config)
-        sys.setswitchinterval(SWITCH_INTERVAL)
         base = self._engine.base
         self._governor = make_governor(base.device, config.training_share, config.training_latency)
         resident = Resident(base, Path(config.model), config.base_name or Path(config.model).name)

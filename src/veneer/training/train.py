@@ -26,6 +26,7 @@ from tqdm import tqdm
 from veneer.adapters.names import CONFIG_FILE, FILES
 from veneer.engine.base import Base, load_base, resolve_device, resolve_dtype, resolve_nf4_kernels
 from veneer.engine.source import resolve, served_name
+from veneer.engine.view import Resident
 from veneer.errors import Conflict, InvalidRequest, VeneerError
 from veneer.training.control import Control
 from veneer.training.data.formats import Row
@@ -33,7 +34,7 @@ from veneer.training.evaluation.answers import Answers
 from veneer.training.evaluation.evaluate import Answer, EvaluationResult, Generation, assess, metrics_for
 from veneer.training.evaluation.gate import gate_passed
 from veneer.training.evaluation.report import to_dict, to_html
-from veneer.training.job import Prepared, Resident, prepare, run, write_report
+from veneer.training.job import Prepared, prepare, run, write_report
 from veneer.training.recipe import Recipe, read_recipe
 from veneer.training.report import versions
 

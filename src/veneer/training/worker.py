@@ -6,9 +6,10 @@ import errno
 import gc
 import logging
 import queue
+import sys
 import threading
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from veneer.engine.messages import JobReport, StartJob, StopJob, WireError
+from veneer.engine.view import Resident
 from veneer.errors import Conflict, InvalidRequest, StorageFull, VeneerError
 from veneer.training.control import Stopped
 from veneer.training.governor import Governor
-from veneer.training.job import Resident, prepare, run, write_held_out, write_report
 from veneer.training.recipe import Training
 from veneer.training.report import versions
 
+SWITCH_INTERVAL = 0.0005  # seconds
 LOCK_SECONDS = 30.0  # an engine whose server was killed lives on for a moment
 
 logger = logging.getLogger(__name__)
@@ -83,7 +85,7 @@ class TrainingWorker:
                 self._governor.begin()
             control = _JobControl(job.id, self._governor, self._report)
             try:
-                with FileLock(Path(job.folder) / "lock", timeout=LOCK_SECONDS):
+                with FileLock(Path(job.folder) / "lock", timeout=LOCK_SECONDS), _quick_switches():
                     last = self._train(job, control)
             except Timeout:
                 held = "another process trains this job; it is not started twice"
@@ -99,6 +101,9 @@ class TrainingWorker:
             self._report(last)
 
     def _train(self, job: StartJob, control: _JobControl) -> JobReport:
+        # Here, in the training's thread: PEFT takes seconds to import, and most engines never train.
+        from veneer.training.job import prepare, run, write_held_out, write_report
+
         folder = Path(job.folder)
         training = Training.model_validate_json((folder / "training.json").read_text("utf-8"))
         files = {path.stem: path for path in sorted((folder / "data").iterdir())}
@@ -130,6 +135,17 @@ class _JobControl:
     def report(self, kind: str, message: str = "", **data: Any) -> None:
         self.step = data.get("step", self.step)
         self._send(JobReport(id=self._job, kind=kind, message=message, data=data))
+
+
+@contextmanager
+def _quick_switches() -> Iterator[None]:
+    """Meanwhile a thread keeps the interpreter for less long when the other wants it."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def on_own_stream(device: torch.device) -> Any:
