@@ -109,3 +109,11 @@ def test_serving(tmp_path: Path) -> None:
         assert curve["tokens"] == 5 * curve["requests"]
         assert curve["ttft_ms"]["p50"] > 0
         assert 0 < curve["events_per_token"] <= 1.0  # what comes together travels together
+
+
+def test_coserving(tmp_path: Path) -> None:
+    found = rows(report(tmp_path, "coserving", "--seconds", "0.5", "--length", "16", "--batch", "1"))
+    latency, training = found["coserving", "itl-p99"], found["coserving", "train"]
+    assert latency["ratio"] == pytest.approx(latency["ours_us"] / latency["peers"]["without training"])
+    assert training["kept"] == pytest.approx(training["peers"]["alone"] / training["ours_us"])
+    assert training["share"] == 0.5
