@@ -138,27 +138,16 @@ def _ia3_targets(view: Any) -> list[str]:
     return ["k_proj", "v_proj", "down_proj"] if "k_proj" in names else ["qkv_proj", "down_proj"]
 
 
-def _scaled(
-    config: str, rank: str = "r", alpha: str = "alpha", dropout: str | None = None
-) -> Callable[..., Trainable]:
-    """Of a method that PEFT gives a rank and an alpha, under these names."""
-
-    def make(adapter: Adapter, setting: Setting) -> Trainable:
-        fields: dict[str, Any] = {rank: adapter.rank, alpha: adapter.alpha, "target_modules": adapter.targets}
-        if dropout is not None:
-            fields[dropout] = adapter.dropout
-        return _peft(adapter, setting, getattr(peft, config), **fields)
-
-    return make
-
-
 def _ranked(
-    config: str, rank: str = "r", dropout: str | None = None, **more: Any
+    config: str, rank: str = "r", alpha: str | None = None, dropout: str | None = None, **more: Any
 ) -> Callable[..., Trainable]:
-    """Of a method that PEFT gives a rank alone; `more` are further fields."""
+    """Of a method that PEFT gives a rank, perhaps an alpha and a dropout, under these names; `more` are further
+    fields."""
 
     def make(adapter: Adapter, setting: Setting) -> Trainable:
         fields: dict[str, Any] = {rank: adapter.rank, "target_modules": adapter.targets, **more}
+        if alpha is not None:
+            fields[alpha] = adapter.alpha
         if dropout is not None:
             fields[dropout] = adapter.dropout
         return _peft(adapter, setting, getattr(peft, config), **fields)
@@ -193,9 +182,9 @@ KINDS: Mapping[Kind, Callable[[Adapter, Setting], Trainable]] = {
     "lora+": _lora,
     "adalora": _adalora,
     "vera": _vera,
-    "gralora": _scaled("GraloraConfig", dropout="gralora_dropout"),
-    "loha": _scaled("LoHaConfig"),
-    "lokr": _scaled("LoKrConfig"),
+    "gralora": _ranked("GraloraConfig", alpha="alpha", dropout="gralora_dropout"),
+    "loha": _ranked("LoHaConfig", alpha="alpha"),
+    "lokr": _ranked("LoKrConfig", alpha="alpha"),
     "oft": _ranked("OFTConfig", rank="oft_block_size", r=0),
     "ia3": _ia3,
     "hra": _ranked("HRAConfig"),

@@ -6,7 +6,6 @@ The state holds the trained parameters, what the optimizer keeps of each, and nu
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from veneer.adapters.staging import sync
 from veneer.training.trainable import Trainable
 
 STATE_FILE = "state.safetensors"
@@ -40,7 +40,7 @@ def save_adapter(trainable: Trainable, folder: Path, dtype: str) -> None:
     trainable.save(partial, getattr(torch, dtype))
     for path in partial.iterdir():
         path.chmod(0o644)  # safetensors writes 0600
-        _sync(path)
+        sync(path)
     if folder.exists():
         old = folder.with_name(f"{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -49,7 +49,7 @@ def save_adapter(trainable: Trainable, folder: Path, dtype: str) -> None:
         shutil.rmtree(old)
     else:
         partial.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 def write_state(
@@ -73,9 +73,9 @@ def write_state(
     save_file(
         {name: each.to("cpu", copy=True).contiguous() for name, each in tensors.items()}, partial, header
     )
-    _sync(partial)
+    sync(partial)
     partial.replace(folder / STATE_FILE)
-    _sync(folder)
+    sync(folder)
 
 
 def read_state(
@@ -99,11 +99,3 @@ def read_state(
         if found:
             optimizer.state[weight] = found
     return msgspec.json.decode(header["state"], type=State), tensors
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from veneer.adapters.names import CONFIG_FILE, FILES
+from veneer.adapters.staging import sync
 from veneer.engine.base import Base, load_base, resolve_device, resolve_dtype, resolve_nf4_kernels
 from veneer.engine.source import resolve, served_name
 from veneer.engine.view import Resident
@@ -273,8 +274,7 @@ def _put_in_place(work: Path, adapter: Path, output: Path) -> None:
     sources = extra + [adapter / name for name in reversed(FILES)]
     for source in sources:
         source.chmod(0o644)
-        with source.open("rb") as written:
-            os.fsync(written.fileno())
+        sync(source)
         source.replace(output / source.name)
     shutil.rmtree(work)
 
