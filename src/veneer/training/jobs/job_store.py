@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
@@ -35,6 +35,8 @@ KEPT = ("training.json", "report.json", "report.html", "loss.csv", "loss.png", "
 KEPT_FAILURES = 10  # newest failed jobs whose folders stay whole
 MOST_DEATHS = 3  # of the engine, one after the other without a step between, until the job has failed
 _NAME_LETTERS = 8  # of a job's id that are part of its result's name
+
+_Row = TypeVar("_Row", Event, Checkpoint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,21 +128,20 @@ class JobStore:
 
     def events(self, id: str, *, after: str | None, limit: int) -> tuple[list[Event], bool]:
         """Of a job, newest first, as `page`."""
-        query = select(Event).order_by(Event.number.desc()).limit(limit + 1)
-        with self._store.read() as session:
-            query = query.where(Event.job == _row(session, id).number)
-            if after is not None:
-                query = query.where(Event.number < _number(after, "ftevent-"))
-            found = list(session.scalars(query))
-        return found[:limit], len(found) > limit
+        return self._listed(Event, "ftevent-", id, after, limit)
 
     def checkpoints(self, id: str, *, after: str | None, limit: int) -> tuple[list[Checkpoint], bool]:
         """Of a job, newest first, as `page`."""
-        query = select(Checkpoint).order_by(Checkpoint.number.desc()).limit(limit + 1)
+        return self._listed(Checkpoint, "ftckpt_", id, after, limit)
+
+    def _listed(
+        self, table: type[_Row], prefix: str, id: str, after: str | None, limit: int
+    ) -> tuple[list[_Row], bool]:
+        query = select(table).order_by(table.number.desc()).limit(limit + 1)
         with self._store.read() as session:
-            query = query.where(Checkpoint.job == _row(session, id).number)
+            query = query.where(table.job == _row(session, id).number)
             if after is not None:
-                query = query.where(Checkpoint.number < _number(after, "ftckpt_"))
+                query = query.where(table.number < _number(after, prefix))
             found = list(session.scalars(query))
         return found[:limit], len(found) > limit
 
