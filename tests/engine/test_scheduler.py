@@ -19,6 +19,7 @@ from typing import NamedTuple
 import pytest
 
 from veneer.adapters.reach import Reach, Span
+from veneer.engine.lookup import PromptLookup
 from veneer.engine.messages import SamplingParams
 from veneer.engine.pages import PagePool
 from veneer.engine.scheduler import AdapterCounts, Batch, Scheduled, Scheduler
@@ -173,7 +174,7 @@ class Gate:
 
 class Launch(NamedTuple):
     batch: Batch
-    tokens: dict[str, int]  # sampled, by id
+    tokens: dict[str, list[int]]  # sampled, by id
 
 
 class Simulation:
@@ -205,6 +206,7 @@ class Simulation:
         self.lookahead = lookahead
         self.ahead: Launch | None = None
         self.launched_ahead = self.wasted = 0
+        self.drafted = self.accepted = 0
         self.copied = 0  # virtual tokens
         self.pool = PagePool(pages, page_size, caching)
         self.gate = Gate(slots, delay, sizes, orderly)
@@ -235,6 +237,8 @@ class Simulation:
         adapter: str | None = None,
         deadline: float | None = None,
         stops: Iterable[int] = (),
+        drafts: int = 0,
+        prediction: Iterable[int] = (),
     ) -> Sequence:
         sequence = Sequence(
             id=f"request-{next(self._names)}",
@@ -243,6 +247,7 @@ class Simulation:
             adapter=adapter,
             arrival=self.now,
             deadline=deadline,
+            lookup=PromptLookup(drafts, list(prediction), prompt) if drafts else None,
         )
         self.scheduler.add(sequence)
         return sequence
@@ -266,32 +271,38 @@ class Simulation:
                 continue
             self.first_token.setdefault(sequence.id, int(self.now - sequence.arrival))
             p = sequence.sampling
-            if sequence.num_output_tokens == p.max_tokens or sequence.tokens[-1] in p.stop_token_ids:
+            new = item.accepted(current.tokens[sequence.id])
+            self.drafted += len(item.draft)
+            self.accepted += len(new) - 1
+            stop = next((at for at, token in enumerate(new) if token in p.stop_token_ids), None)
+            if stop is not None:
+                del sequence.tokens[len(sequence.tokens) - len(new) + stop + 1 :]
+            if sequence.num_output_tokens == p.max_tokens or stop is not None:
                 self.scheduler.finish(sequence)
                 self.done[sequence.id] = sequence
         self.check_state()
         return current.batch
 
-    def launch(self, batch: Batch, before: Mapping[str, int]) -> Launch:
+    def launch(self, batch: Batch, before: Mapping[str, list[int]]) -> Launch:
         """Compute a step; `before` are the tokens of the step before, if that is not committed yet."""
         self.check_plan(batch, ahead=bool(before))
         tokens = {}
         for item in batch.items:
             sequence = item.sequence
-            known = [*sequence.tokens, before[sequence.id]] if before else sequence.tokens
+            known = [*sequence.tokens, *(before[sequence.id] if before else item.draft)]
             if item.lead:
                 self.compute(sequence, known, item.start - item.lead, item.lead, sequence.adapter)
                 self.copied += item.lead
             assert item.slot == item.parts[-1][0]
-            token, at = -1, item.start
+            chosen, at = [], item.start
             for slot, rows in item.parts:
                 who = {-1: None, sequence.slot: sequence.adapter}.get(slot, f"{sequence.adapter}, tail")
-                token = self.compute(sequence, known, at, rows, who)
+                chosen += [self.compute(sequence, known, at + row, 1, who) for row in range(rows)]
                 at += rows
                 self.base_rows += rows * (slot < 0 and sequence.adapter is not None)
-            assert at == item.start + item.count
+            assert at == item.start + item.count == item.start + len(item.tokens) + bool(before)
             if item.samples:
-                tokens[sequence.id] = token
+                tokens[sequence.id] = chosen[-item.num_sampled :]
         return Launch(batch, tokens)
 
     def run(self, limit: int = 2000) -> None:
@@ -327,6 +338,7 @@ class Simulation:
         scheduler = self.scheduler
         assert sum(item.count for item in batch.items) <= scheduler.max_num_batched_tokens
         assert len(scheduler.running) <= scheduler.max_num_seqs
+        assert sum(item.num_sampled for item in batch.items) <= scheduler.max_num_seqs
         planned = [item.sequence for item in batch.items]
         assert len(set(planned)) == len(planned)
         writers = Counter[int]()
@@ -338,7 +350,8 @@ class Simulation:
                 assert (item.start, stop) == (len(sequence.tokens), len(sequence.tokens) + 1)
             else:
                 assert item.start == sequence.num_computed
-            assert item.samples == (stop == len(sequence.tokens) + ahead)
+            assert item.samples == (stop - len(item.draft) == len(sequence.tokens) + ahead)
+            assert not item.draft or item.count == item.num_sampled
             virtual = self.gate.virtual.get(sequence.adapter or "", 0)
             assert sequence.tokens[:virtual] == [VIRTUAL] * virtual
             assert VIRTUAL not in sequence.tokens[sequence.num_virtual or 0 :]
@@ -424,7 +437,7 @@ def test_a_sequence_taken_out_during_a_step_is_skipped_by_commit() -> None:
     gone, kept = sim.add([1] * 4), sim.add([2] * 4)
     batch = sim.scheduler.schedule()
     assert sim.scheduler.cancel(gone.id)
-    sim.scheduler.commit(batch, {gone.id: 7, kept.id: 8})
+    sim.scheduler.commit(batch, {gone.id: [7], kept.id: [8]})
     assert (gone.tokens, kept.tokens) == ([1] * 4, [2] * 4 + [8])
     assert sim.pool.used == len(kept.pages)
 
@@ -999,11 +1012,11 @@ def test_a_step_is_planned_ahead_without_the_tokens_of_the_last() -> None:
     ahead = sim.scheduler.schedule_ahead(first)
     assert ahead is not None
     assert planned(ahead) == [(long.id, 5, 1, True), (short.id, 3, 1, True)]
-    sim.scheduler.commit(first, {long.id: 7, short.id: 8})
+    sim.scheduler.commit(first, {long.id: [7], short.id: [8]})
     further = sim.scheduler.schedule_ahead(ahead)  # the second token of `short` is its last
     assert further is not None
     assert planned(further) == [(long.id, 6, 1, True)]
-    sim.scheduler.commit(ahead, {long.id: 9, short.id: 10})
+    sim.scheduler.commit(ahead, {long.id: [9], short.id: [10]})
     assert (long.tokens[5:], short.tokens[3:]) == ([7, 9], [8, 10])
     assert (long.num_computed, short.num_computed) == (6, 4)
 
@@ -1019,13 +1032,114 @@ def test_nothing_is_planned_ahead_of_an_end_or_of_an_unfinished_prompt() -> None
     assert sim.done[limit.id].num_output_tokens == 1
 
 
+# ---- drafts -----------------------------------------------------------------------------------------
+
+
+def damaged(tokens: list[int], every: int) -> list[int]:
+    """With one token in so many replaced."""
+    return [VOCABULARY if at % every == every - 1 else token for at, token in enumerate(tokens)]
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+def test_a_draft_that_holds_is_taken_whole(lookahead: bool) -> None:
+    sim = Simulation(tokens=64, lookahead=lookahead)
+    answer = expected(None, [1, 2, 3], 21)
+    sim.add([1, 2, 3], max_tokens=21, drafts=4, prediction=answer)
+    sim.run()
+    assert sim.now == 1 + 4  # the prompt; then five tokens a step
+    assert (sim.drafted, sim.accepted) == (16, 16)
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+def test_a_draft_is_taken_up_to_the_first_token_that_the_model_does_not_say(lookahead: bool) -> None:
+    sim = Simulation(pages=200, tokens=64, lookahead=lookahead)
+    answer = expected("a", [1, 2, 3], 60)
+    sim.add([1, 2, 3], max_tokens=60, adapter="a", drafts=6, prediction=damaged(answer, 7))
+    sim.run()
+    assert 0 < sim.accepted < sim.drafted
+    assert sim.now < 40
+
+
+def test_what_was_said_before_is_drafted_again() -> None:
+    sim = Simulation(pages=200, tokens=64)
+    answer = expected(None, [1, 2, 3], 40)
+    sim.add([*answer, 1, 2, 3], drafts=4)  # another prompt, so another answer
+    sim.run()
+    assert sim.drafted == 0
+    again = sim.add([1, 2, 3], max_tokens=40, drafts=4, prediction=[*answer, *answer])
+    sim.run()
+    assert again.num_output_tokens == 40
+    assert sim.accepted > 25
+
+
+def test_drafts_in_vain_become_shorter_and_pause() -> None:
+    sim = Simulation(pages=200, tokens=64)
+    answer = expected(None, [1], 60)
+    pairs = [token for pair in pairwise(answer) for token in (VOCABULARY, *pair)]
+    sim.add([1], max_tokens=60, drafts=8, prediction=pairs)
+    sim.run()
+    assert sim.accepted == 0
+    assert 8 + 4 + 2 + 1 < sim.drafted < 20
+
+
+def test_drafts_take_what_rows_and_pages_are_left() -> None:
+    sim = Simulation(pages=8, seqs=3, tokens=64)
+    prompts = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    for prompt in prompts:
+        sim.add(prompt, max_tokens=10, drafts=5, prediction=expected(None, prompt, 10))
+    batch = sim.step()
+    while batch.items:
+        if len(batch.items) == 3:
+            assert not any(item.draft for item in batch.items)  # rows for each, and none besides
+        batch = sim.step()
+    sim.run()
+    assert sim.accepted > 0
+
+
+def test_a_draft_ends_with_what_may_be_generated() -> None:
+    sim = Simulation(tokens=300)
+    answer = expected(None, [1], 50)
+    sim.add([1], max_tokens=4, drafts=20, prediction=answer)
+    sim.add([1], max_tokens=50, drafts=20, prediction=answer, stops=[answer[6]])
+    sim.run()
+    assert sim.accepted >= 4
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+@pytest.mark.parametrize("seed", range(8))
+def test_any_mix_with_drafts(seed: int, lookahead: bool) -> None:
+    """Short of pages, rows and slots, with drafts that hold in part, every answer is what it is alone."""
+    rng = random.Random(seed)
+    sim = Simulation(pages=24, slots=2, seqs=6, tokens=12, lookahead=lookahead, virtual={"b": 3})
+    for _ in range(40):
+        prompt = [rng.randrange(VOCABULARY) for _ in range(rng.randrange(1, 12))]
+        adapter, most = rng.choice([None, "a", "b", "c"]), rng.randrange(1, 30)
+        virtual = [VIRTUAL] * (3 if adapter == "b" else 0)
+        answer = damaged(expected(adapter, [*virtual, *prompt], most), rng.randrange(2, 9))
+        sim.add(
+            prompt,
+            max_tokens=most,
+            adapter=adapter,
+            stops=rng.sample(range(VOCABULARY), rng.randrange(3)),
+            drafts=rng.choice([0, 1, 5]),
+            prediction=answer,
+        )
+        if rng.random() < 0.3:
+            sim.step()
+        if rng.random() < 0.05:
+            sim.scheduler.cancel(f"request-{rng.randrange(40)}")
+    sim.run()
+    assert sim.scheduler.preemptions > 0
+    assert sim.accepted > 0
+
+
 def test_a_context_that_is_full_ends_a_sequence_for_certain() -> None:
     sim = Simulation(tokens=300)
     sim.add([1] * 198, max_tokens=50)
     batch = sim.scheduler.schedule()
     ahead = sim.scheduler.schedule_ahead(batch)
     assert ahead is not None
-    sim.scheduler.commit(batch, {"request-0": 1})
+    sim.scheduler.commit(batch, {"request-0": [1]})
     assert sim.scheduler.schedule_ahead(ahead) is None
 
 
@@ -1103,11 +1217,11 @@ def test_a_lack_of_pages_is_left_to_the_plan_that_may_preempt() -> None:
     sim.step()
     batch = sim.scheduler.schedule()
     while (ahead := sim.scheduler.schedule_ahead(batch)) is not None:
-        sim.scheduler.commit(batch, {first.id: 3, second.id: 3})
+        sim.scheduler.commit(batch, {first.id: [3], second.id: [3]})
         batch = ahead
     assert sim.scheduler.preemptions == 0
     assert sim.pool.available == 0
-    sim.scheduler.commit(batch, {first.id: 3, second.id: 3})
+    sim.scheduler.commit(batch, {first.id: [3], second.id: [3]})
     assert planned(sim.scheduler.schedule()) == [(first.id, 8, 1, True)]
     assert sim.scheduler.preemptions == 1
 

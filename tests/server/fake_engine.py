@@ -409,6 +409,8 @@ class FakeEngine:
             eager_steps=0,
             prefill_tokens=0,
             decode_tokens=0,
+            draft_tokens=0,
+            accepted_draft_tokens=0,
             prefix_hit_tokens=0,
             prefix_query_tokens=0,
             preemptions=0,

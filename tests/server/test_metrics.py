@@ -42,6 +42,8 @@ def stats(**adapters: AdapterStats) -> Stats:
         eager_steps=2,
         prefill_tokens=100,
         decode_tokens=50,
+        draft_tokens=8,
+        accepted_draft_tokens=5,
         prefix_hit_tokens=30,
         prefix_query_tokens=90,
         preemptions=1,

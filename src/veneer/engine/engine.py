@@ -31,13 +31,15 @@ from veneer.engine.base import Base, load_base, resolve_device, resolve_dtype, r
 from veneer.engine.check import AdapterCheck, describe
 from veneer.engine.config import GIB, EngineConfig
 from veneer.engine.grammars import Grammars
+from veneer.engine.lookup import PromptLookup
 from veneer.engine.merger import Merger
-from veneer.engine.messages import AdapterChecked, Done, SequenceOutput, TokenLogprobs, WireError
+from veneer.engine.messages import AdapterChecked, Done, SequenceOutput, WireError
 from veneer.engine.pages import PagePool
 from veneer.engine.pooling import pooled_bytes
 from veneer.engine.probe import EffectProbe
 from veneer.engine.runner import Launched, Runner, kv_page_bytes
-from veneer.engine.scheduler import Scheduler
+from veneer.engine.sampling import Choice
+from veneer.engine.scheduler import Scheduled, Scheduler
 from veneer.engine.sequence import Sequence
 from veneer.errors import DeadlineExceeded, InvalidRequest, VeneerError
 from veneer.kernels.backend import resolve
@@ -125,6 +127,7 @@ class Engine:
             clock=time.monotonic,
         )
         self.steps = self.prefill_tokens = self.decode_tokens = 0
+        self.draft_tokens = self.accepted_draft_tokens = 0
         self._lookahead = device.type == "cuda" if config.lookahead is None else config.lookahead
         self._ahead: Launched | None = None  # the next step, on the device already
         self._busy_at = time.monotonic()
@@ -175,16 +178,17 @@ class Engine:
 
     def _submit(self, request: messages.Generate) -> None:
         now = time.monotonic()
-        constraint = request.sampling.constraint
+        p, constraint = request.sampling, request.sampling.constraint
         self.scheduler.add(
             Sequence(
                 id=request.id,
                 tokens=list(request.prompt),
-                sampling=request.sampling,
+                sampling=p,
                 adapter=request.adapter,
                 arrival=now,
                 deadline=None if request.deadline is None else now + request.deadline,
                 matcher=None if constraint is None else self.grammars.matcher(constraint),
+                lookup=PromptLookup(p.draft_tokens, p.prediction, request.prompt) if p.draft_tokens else None,
             )
         )
 
@@ -260,7 +264,9 @@ class Engine:
         """Wait for a step and move its sequences forward; those taken out since it was planned are skipped."""
         results, scores = launched.results(), launched.scores()
         self.steps += 1
-        self.scheduler.commit(launched.batch, {name: token for name, (token, _) in results.items()})
+        self.scheduler.commit(
+            launched.batch, {name: [token for token, _ in found] for name, found in results.items()}
+        )
         for each in launched.pooled:
             if each.sequence.is_running:
                 each.add()
@@ -269,47 +275,57 @@ class Engine:
             sequence = item.sequence
             if not sequence.is_running:
                 continue
-            if item.count == 1 and item.samples:
-                self.decode_tokens += 1
-            else:
-                self.prefill_tokens += item.count
             output = SequenceOutput(
                 id=sequence.id,
                 prompt_logprobs=scores.get(sequence.id, []),
                 cached_tokens=sequence.num_cached,
             )
             if item.samples:
-                outputs.append(self._sampled(sequence, output, *results[sequence.id]))
-            elif output.prompt_logprobs:
+                output = self._sampled(item, output, results[sequence.id])
+            if item.count == item.num_sampled:
+                self.decode_tokens += len(output.tokens)
+            else:
+                self.prefill_tokens += item.count
+            self.draft_tokens += output.drafted
+            self.accepted_draft_tokens += output.accepted
+            if item.samples or output.prompt_logprobs:
                 outputs.append(output)
         return outputs
 
-    def _sampled(
-        self, sequence: Sequence, output: SequenceOutput, token: int, logprobs: TokenLogprobs | None
-    ) -> SequenceOutput:
-        """The output with the token that was chosen, unless none was asked for. Ends the sequence if that does."""
+    def _sampled(self, item: Scheduled, output: SequenceOutput, chosen: list[Choice]) -> SequenceOutput:
+        """The output with the tokens that are new, unless none was asked for. Ends the sequence if one does."""
+        sequence = item.sequence
         if sequence.sampling.max_tokens == 0:
             self.scheduler.finish(sequence)
             return msgspec.structs.replace(output, finish_reason="length", pooled=pooled_bytes(sequence))
-        reason, stop_token = self._finish_reason(sequence, token)
-        if reason:
-            self.scheduler.finish(sequence)
+        new = chosen[: len(item.accepted([token for token, _ in chosen]))]
+        accepted, reason, stop_token = len(new) - 1, None, None
+        for count, (token, _) in enumerate(new, 1):
+            reason, stop_token = self._finish_reason(sequence, token, behind=len(new) - count)
+            if reason:
+                new = new[:count]
+                self.scheduler.finish(sequence)
+                break
         return msgspec.structs.replace(
             output,
-            tokens=[token],
-            logprobs=[] if logprobs is None else [logprobs],
+            tokens=[token for token, _ in new],
+            logprobs=[entry for _, entry in new if entry is not None],
             finish_reason=reason,
             stop_token=stop_token,
+            drafted=len(item.draft),
+            accepted=min(accepted, len(new)),
         )
 
-    def _finish_reason(self, sequence: Sequence, token: int) -> tuple[str | None, int | None]:
+    def _finish_reason(self, sequence: Sequence, token: int, behind: int) -> tuple[str | None, int | None]:
+        """Whether the sequence ends with this token, which so many of its tokens stand behind; and by which."""
         p = sequence.sampling
-        generated = len(sequence.tokens) - sequence.num_prompt_tokens
+        length = len(sequence.tokens) - behind
+        generated = length - sequence.num_prompt_tokens
         if generated >= p.min_tokens and (
             token in p.stop_token_ids or (not p.ignore_eos and token in self.base.eos_token_ids)
         ):
             return "stop", token
-        if generated >= p.max_tokens or len(sequence.tokens) >= self.max_model_len:
+        if generated >= p.max_tokens or length >= self.max_model_len:
             return "length", None
         return None, None
 
@@ -422,6 +438,8 @@ class Engine:
             eager_steps=self.runner.eager_steps,
             prefill_tokens=self.prefill_tokens,
             decode_tokens=self.decode_tokens,
+            draft_tokens=self.draft_tokens,
+            accepted_draft_tokens=self.accepted_draft_tokens,
             prefix_hit_tokens=self.pool.hit_tokens,
             prefix_query_tokens=self.pool.query_tokens,
             preemptions=scheduler.preemptions,

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -96,6 +96,18 @@ class Matcher:
             return None
         return self._state if self._state.consume_tokens(list(new)) else None
 
+    def follow(self, output: Sequence[int], draft: Sequence[int]) -> Iterator[LLMatcher]:
+        """The states after the output and after each token of the draft, up to the first that it does not allow."""
+        state = self.advance(output)
+        if state is not None:
+            yield state
+            for token in draft[: state.validate_tokens(list(draft))]:
+                if token in self._ends:
+                    return
+                state = state.deep_copy()
+                state.consume_token(token)
+                yield state
+
     def _named(self, reason: str) -> InvalidRequest:
         return InvalidRequest(f"{self._param}: {reason}.", param=self._param, code="invalid_grammar")
 
@@ -145,32 +157,47 @@ class Grammars:
         return Matcher(constraint.param, compiled)
 
     def masks(
-        self, matchers: Mapping[str, Matcher], outputs: Callable[[], Sequence[Sequence[int]]]
-    ) -> Future[dict[str, Words | None]]:
+        self,
+        matchers: Mapping[str, Matcher],
+        outputs: Callable[[], Sequence[Sequence[int]]],
+        drafts: Sequence[Sequence[int]],
+    ) -> Future[dict[str, list[Words | None]]]:
         """The tokens that each matcher, by its name, allows after its output; worked out beside the caller.
 
+        First right after the output, then after each token of its draft, up to the last that it allows.
         `outputs` is called in the other thread, and may wait. None for a matcher that does not go on.
         """
         names, states = list(matchers), list(matchers.values())
-        return self._filling.submit(lambda: dict(zip(names, self._fill(states, outputs()), strict=True)))
+        return self._filling.submit(
+            lambda: dict(zip(names, self._fill(states, outputs(), drafts), strict=True))
+        )
 
     def _is_full(self) -> bool:
         taken = sum(len(constraint.grammar) for constraint in self._compiled)
         return len(self._compiled) > _KEPT or taken > _KEPT_CHARACTERS
 
-    def _fill(self, matchers: Sequence[Matcher], outputs: Sequence[Sequence[int]]) -> list[Words | None]:
+    def _fill(
+        self,
+        matchers: Sequence[Matcher],
+        outputs: Sequence[Sequence[int]],
+        drafts: Sequence[Sequence[int]],
+    ) -> list[list[Words | None]]:
         self._executor = self._executor or LLExecutor()
-        found: list[Words | None] = [None] * len(matchers)
-        states = [matcher.advance(output) for matcher, output in zip(matchers, outputs, strict=True)]
-        going_on = [(index, state) for index, state in enumerate(states) if state is not None]
-        for words in {matchers[index].words for index, _ in going_on}:  # of masks of one tokenizer
-            rows = [(index, state) for index, state in going_on if matchers[index].words == words]
+        states = [
+            (index, place, state)
+            for index, (matcher, output, draft) in enumerate(zip(matchers, outputs, drafts, strict=True))
+            for place, state in enumerate(matcher.follow(output, draft))
+        ]
+        found: list[list[Words | None]] = [[] for _ in matchers]
+        for words in {matchers[index].words for index, *_ in states}:  # of masks of one tokenizer
+            rows = [each for each in states if matchers[each[0]].words == words]
             masks = np.zeros((len(rows), words), np.int32)
-            places = [(state, place) for place, (_, state) in enumerate(rows)]
+            places = [(state, row) for row, (*_, state) in enumerate(rows)]
             self._executor.unsafe_compute_mask_ptr(places, masks.ctypes.data, words * 4, len(rows))
-            for (index, state), mask in zip(rows, masks, strict=True):
-                found[index] = None if state.is_error() else mask
-        return found
+            for (index, place, state), mask in zip(rows, masks, strict=True):
+                if not state.is_error() and place == len(found[index]):
+                    found[index].append(mask)
+        return [masks or [None] for masks in found]
 
     def _compile(self, constraint: Constraint) -> Compiled:
         """Raises InvalidRequest for a grammar that is wrong, too costly or that no text follows."""

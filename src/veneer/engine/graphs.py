@@ -29,7 +29,8 @@ from veneer.kernels.tables import RowTiles, Segment, Transforms, join_kin
 from veneer.kernels.upload import copy_by_kernel
 
 _WARM_UPS = 2  # the first compiles the kernels
-MIXED_BUCKETS = (128, 256, 512, 1024)  # with more rows the GPU is busy for longer than the host
+# Of few rows are steps with drafts; with more rows the GPU is busy for longer than the host.
+MIXED_BUCKETS = (16, 64, 128, 256, 512, 1024)
 # A row has the first five (for PREVIOUS see `HostTables.fill`), a sequence the next two, one that samples the last.
 # ADAPTERS and HEAD_ADAPTERS, the slots of adapters, are written for steps that read them: see `RowTiles.row_slots`.
 IDS, POSITIONS, SLOTS, PREVIOUS, ADAPTERS, LENGTHS, QUERY_START, LAST_ROWS, HEAD_ADAPTERS = range(9)
@@ -51,8 +52,8 @@ def segments_of(planned: Rows[Scheduled]) -> list[Segment]:
 
 
 def head_segments_of(planned: Rows[Scheduled]) -> list[Segment]:
-    """The same of the items' last rows alone."""
-    return _merge([(item.slot, 1) for item in planned])
+    """The same of the rows that sample alone."""
+    return _merge([(item.slot, item.num_sampled) for item in planned if item.samples])
 
 
 def count_tiles(segments: Rows[Segment], tile_rows: int) -> int:
@@ -180,11 +181,11 @@ class HostTables:
         starts, last_rows = self._rows[QUERY_START], self._rows[LAST_ROWS]
         starts[1 : len(planned) + 1] = np.cumsum([item.count for item in planned])
         starts[len(planned) + 1 : sequences + 1] = starts[len(planned)]  # no rows
-        samples = [index for index, item in enumerate(planned) if item.samples]
-        last_rows[: len(samples)] = starts[1:][samples] - 1
-        last_rows[len(samples) : sequences] = 0
-        heads = [planned[index] for index in samples]
-        self._fill_tiles(self._head_tiles, head_segments_of(heads), tile_rows, HEAD_ADAPTERS, kin)
+        stops = zip(planned, starts[1 : len(planned) + 1].tolist(), strict=True)
+        rows = [row for item, stop in stops for row in range(stop - item.num_sampled, stop)]
+        last_rows[: len(rows)] = rows
+        last_rows[len(rows) : sequences] = 0
+        self._fill_tiles(self._head_tiles, head_segments_of(planned), tile_rows, HEAD_ADAPTERS, kin)
 
     def copy_to(self, device: StepTables, used: int) -> None:
         """Start the copy of the first `used` elements."""
@@ -234,8 +235,7 @@ class HostTables:
         # A sequence's last row is its last token, and so on backwards.
         index = np.arange(rows) + (self._rows[LENGTHS, : len(planned)] - counts.cumsum())[owner]
         unplaced = np.array([item.sequence.num_unplaced for item in planned], np.int64)
-        tokens = (item.sequence.tokens[item.start : item.start + item.count] for item in planned)
-        fields[IDS] = 0 if previous else list(chain.from_iterable(tokens))
+        fields[IDS] = 0 if previous else list(chain.from_iterable(item.tokens for item in planned))
         fields[POSITIONS] = index - unplaced[owner]
         fields[SLOTS] = self._block_table[index // size, owner] * size + index % size
         fields[PREVIOUS] = previous or -1
@@ -314,7 +314,7 @@ class StepGraphs(ABC):
 
     @torch.inference_mode()
     def run(self, planned: Rows[Scheduled], previous: Rows[int] | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [sampling sequences, vocabulary] and the tokens that went in there, valid until the next call.
+        """Logits [sampling rows, vocabulary] and the tokens that went in there, valid until the next call.
 
         `planned` is sorted by slot; `previous` as for `HostTables.fill`. The argmax of each row of the logits is
         left in the first rows of `tokens`.
@@ -326,7 +326,7 @@ class StepGraphs(ABC):
         captured = self._captured[bucket, variant]
         captured.graph.replay()
         self.replays += 1
-        count = sum(item.samples for item in planned)
+        count = sum(item.num_sampled for item in planned)
         return captured.logits[:count], captured.ids[:count]
 
     def _bucket(self, planned: Rows[Scheduled]) -> int:
@@ -516,15 +516,15 @@ class MixedGraphs(StepGraphs):
 
     def fits(self, planned: Rows[Scheduled]) -> bool:
         rows = sum(item.count for item in planned)
-        if rows > self._buckets[-1] or len(planned) > self._sequences:
+        sampled = sum(item.num_sampled for item in planned)
+        if rows > self._buckets[-1] or max(len(planned), sampled) > self._sequences:
             return False
         if self._find(planned, bucket := self._bucket(planned)) is None:
             return False
         if self._is_regular(planned):
             return True
         tiles = count_tiles(segments_of(planned), choose_tile_rows(bucket))
-        heads = head_segments_of([item for item in planned if item.samples])
-        head_tiles = count_tiles(heads, self._head_tile_rows)
+        head_tiles = count_tiles(head_segments_of(planned), self._head_tile_rows)
         return tiles < self._tile_entries(bucket) and head_tiles < len(self._tables.head_tiles)
 
     def _fill_host(

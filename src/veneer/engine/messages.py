@@ -40,6 +40,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     prompt_logprobs: int | None = None  # the same of each token of the prompt but the first
     pooling: Literal["mean", "last"] | None = None  # a vector of the prompt instead; with max_tokens 0
     dimensions: int | None = None  # of that vector, which is cut before it is scaled; None: all
+    draft_tokens: int = (
+        0  # at most, that a step drafts by lookup in the prompt, output and prediction; 0: none
+    )
+    prediction: list[int] = []  # what the output may repeat
 
 
 # ---- HTTP -> engine -------------------------------------------------------------------------------
@@ -181,6 +185,8 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_token: int | None = None  # the token that ended the sequence, when one did
     error: WireError | None = None
     cached_tokens: int = 0  # prompt tokens served from the prefix cache
+    drafted: int = 0  # tokens that this step drafted
+    accepted: int = 0  # of these, those that are among `tokens`
     pooled: bytes = b""  # float32 [dimensions] of length 1, at the end of a sequence that pools
 
 
@@ -328,6 +334,8 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     eager_steps: int  # those without a CUDA graph
     prefill_tokens: int
     decode_tokens: int
+    draft_tokens: int
+    accepted_draft_tokens: int
     prefix_hit_tokens: int
     prefix_query_tokens: int
     preemptions: int

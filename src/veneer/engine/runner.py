@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Rows
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ from veneer.engine.graphs import (
 )
 from veneer.engine.messages import SamplingParams, TokenLogprobs
 from veneer.engine.pooling import Pooled, pool
-from veneer.engine.sampling import Sampled, SamplingRow, sample, top_logprobs
+from veneer.engine.sampling import Choice, Sampled, SamplingRow, sample, top_logprobs
 from veneer.engine.scheduler import Batch, Scheduled
 from veneer.engine.scores import Scored, pieces_of
 from veneer.engine.sequence import Sequence
@@ -79,21 +79,24 @@ class Launched:
     """A step that the device is computing, or has computed."""
 
     batch: Batch
-    rows: dict[str, int]  # sequence id -> place of its token in the runner's token buffer
-    sampled: list[tuple[list[str], Sampled]]  # sequence ids, and theirs on the host, once `done`
+    rows: dict[str, int]  # sequence id -> place of its last token in the runner's token buffer
+    sampled: list[
+        tuple[list[str], Sampled]
+    ]  # sequence ids of rows; what these choose, on the host, once `done`
+    limits: dict[str, int]  # sequence id -> its rows that count, where a grammar knows nothing of the others
     scored: list[Scored]  # each sequence's in order
     pooled: list[Pooled]
     done: torch.cuda.Event | None  # None on the CPU
 
-    def results(self) -> dict[str, tuple[int, TokenLogprobs | None]]:
-        """Wait for the step; its sampled tokens (and their log probabilities) by sequence id."""
+    def results(self) -> dict[str, list[Choice]]:
+        """Wait for the step; what the rows of each sequence that sample chose, in order, by sequence id."""
         if self.done is not None:
             self.done.synchronize()
-        return {
-            name: result
-            for names, sampled in self.sampled
-            for name, result in zip(names, sampled.results(), strict=True)
-        }
+        found: dict[str, list[Choice]] = {}
+        for names, sampled in self.sampled:
+            for name, choice in zip(names, sampled.results(), strict=True):
+                found.setdefault(name, []).append(choice)
+        return {name: choices[: self.limits.get(name)] for name, choices in found.items()}
 
     def scores(self) -> dict[str, list[TokenLogprobs]]:
         """What the step tells of prompts, by sequence id. After `results`."""
@@ -106,8 +109,8 @@ class Launched:
 class Forward(NamedTuple):
     """What an eager step computed."""
 
-    logits: torch.Tensor  # [sampling sequences, vocabulary], at the last row of each sequence that samples
-    last: torch.Tensor  # int64 [sampling sequences], the token ids there
+    logits: torch.Tensor  # [sampling rows, vocabulary]
+    last: torch.Tensor  # int64 [sampling rows], the token ids there
     hidden: torch.Tensor  # [rows, hidden], what the output head reads
 
 
@@ -281,8 +284,9 @@ class Runner:
         if self.base.device.type == "cuda":
             done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # its waiter sleeps
             done.record()
-        rows = {item.sequence.id: row for row, item in enumerate(sampled)}
-        return Launched(batch, rows, result, scored, pooled, done)
+        rows = {item.sequence.id: row for row, item in enumerate(_sampling_rows(sampled))}
+        limits = {name: len(masks) for name, masks in allowed.items()}
+        return Launched(batch, rows, result, limits, scored, pooled, done)
 
     def _place(self, item: Scheduled) -> tuple[bytes, int]:
         """In the order of rows: those of the base first, those of one kin together."""
@@ -291,40 +295,44 @@ class Runner:
 
     def _start_masks(
         self, items: Rows[Scheduled], previous: Launched | None
-    ) -> Future[dict[str, Words | None]] | None:
-        """By sequence id, which tokens the grammars of these rows allow; worked out while the forward runs.
+    ) -> Future[dict[str, list[Words | None]]] | None:
+        """By sequence id, which tokens the grammars of its rows allow; worked out while the forward runs.
 
         They hang on the tokens that `previous` chooses: those are waited for, not here, and the forward, which
         takes them on the device, is queued meanwhile.
         """
-        if not (matched := [item.sequence for item in items if item.sequence.matcher is not None]):
+        if not (matched := [item for item in items if item.sequence.matcher is not None]):
             return None
-        known = [sequence.output for sequence in matched]
-        matchers = {each.id: each.matcher for each in matched if each.matcher is not None}
+        known = [item.sequence.output for item in matched]
+        matchers = {each.sequence.id: each.sequence.matcher for each in matched if each.sequence.matcher}
 
         def outputs() -> list[list[int]]:
             if previous is None:
                 return known
             chosen = previous.results()
-            return [[*output, chosen[each.id][0]] for each, output in zip(matched, known, strict=True)]
+            return [
+                [*output, chosen[item.sequence.id][-1].token]
+                for item, output in zip(matched, known, strict=True)
+            ]
 
-        return self._grammars.masks(matchers, outputs)
+        return self._grammars.masks(matchers, outputs, [item.draft for item in matched])
 
     def _choose(
         self,
         logits: torch.Tensor,
         items: Rows[Scheduled],
         last: torch.Tensor,
-        allowed: Mapping[str, Words | None],
+        allowed: Mapping[str, list[Words | None]],
     ) -> list[tuple[list[str], Sampled]]:
         """Sample; the tokens are left in the token buffer, in the order of the items.
 
         Rows whose adapter adds tokens have wider logits. They are chosen from by themselves, those of each width
         together, so that no other row's sums change.
         """
-        names = [item.sequence.id for item in items]
-        rows = [self._sampling_row(item, allowed.get(item.sequence.id)) for item in items]
-        widths = [self._added_tokens(item) for item in items]
+        owners = _sampling_rows(items)
+        names = [item.sequence.id for item in owners]
+        rows = [row for item in items for row in self._rows_of(item, allowed.get(item.sequence.id, []))]
+        widths = [self._added_tokens(item) for item in owners]
         if not any(width.embeddings for width in widths):
             return [(names, sample(logits, rows, self._tokens[: len(rows)], last).to_host())]
         parts = []
@@ -392,15 +400,15 @@ class Runner:
             kv_lens=[item.start + item.count for item in planned],
         )
         step.rows = self._tiles(segments_of(planned), sum(counts))
-        sampling = [item for item in planned if item.samples]
-        step.head_rows = self._tiles(head_segments_of(sampling), len(sampling))
+        step.head_rows = self._tiles(head_segments_of(planned), len(last_rows))
         hidden = self.base.forward(ids, packed.positions.long())
         return Forward(self.base.logits(hidden[last_rows]), ids[last_rows], hidden)
 
     def _pack(self, planned: Rows[Scheduled], previous: Rows[int] | None) -> _Packed:
         """The step's tables, on the device by one copy."""
         size = self.page_size
-        ids, last_rows = [], []
+        ids: list[int] = []
+        last_rows: list[int] = []
         stops = [item.start + item.count for item in planned]
         starts = [0, *accumulate(item.count for item in planned)]
         indices = [np.arange(item.start, stop) for item, stop in zip(planned, stops, strict=True)]
@@ -408,9 +416,8 @@ class Runner:
         tables = [item.sequence.pages[: -(-stop // size)] for item, stop in zip(planned, stops, strict=True)]
         slots = [slots_of(table, index, size) for table, index in zip(tables, indices, strict=True)]
         for item, after in zip(planned, starts[1:], strict=True):
-            ids += [0] if previous else item.sequence.tokens[item.start : item.start + item.count]
-            if item.samples:
-                last_rows.append(after - 1)
+            ids += [0] if previous else item.tokens
+            last_rows += range(after - item.num_sampled, after)
         widest = max(map(len, tables))
         pages = [page for table in tables for page in table + [0] * (widest - len(table))]
         parts: list[ArrayLike] = [
@@ -435,17 +442,25 @@ class Runner:
         flags = tables.delta(segments), tables.has_hidden(segments)
         return make_tiles(segments, rows, self._slots, self.base.device, transforms, *flags, tables.kin)
 
-    def _sampling_row(self, item: Scheduled, allowed: Words | None) -> SamplingRow:
+    def _rows_of(self, item: Scheduled, allowed: Rows[Words | None]) -> Iterator[SamplingRow]:
+        """One for each of its rows that sample; those of a draft as if what is before them were said."""
         sequence = item.sequence
         p, num_prompt = sequence.sampling, sequence.num_prompt_tokens
-        position = item.start + item.count - num_prompt
-        forbidden = [*self.base.eos_token_ids, *p.stop_token_ids] if position < p.min_tokens else []
-        return SamplingRow(
-            p,
-            sequence.tokens,
-            num_prompt,
-            position,
-            forbidden,
-            allowed,
-            num_virtual=sequence.num_virtual or 0,
-        )
+        first = item.start + item.count - len(item.draft) - num_prompt
+        for index in range(item.num_sampled):
+            position = first + index
+            forbidden = [*self.base.eos_token_ids, *p.stop_token_ids] if position < p.min_tokens else []
+            yield SamplingRow(
+                p,
+                [*sequence.tokens, *item.draft[:index]] if index else sequence.tokens,
+                num_prompt,
+                position,
+                forbidden,
+                allowed[index] if index < len(allowed) else None,
+                num_virtual=sequence.num_virtual or 0,
+            )
+
+
+def _sampling_rows(items: Iterable[Scheduled]) -> list[Scheduled]:
+    """The item of each row that samples."""
+    return [item for item in items for _ in range(item.num_sampled)]

@@ -89,6 +89,11 @@ def top_logprobs(logits: torch.Tensor, tokens: torch.Tensor, most: int) -> TopLo
     return TopLogprobs(own, (logs >= own).sum(-1, keepdim=True), ids, values)
 
 
+class Choice(NamedTuple):
+    token: int
+    logprobs: TokenLogprobs | None  # when they are wanted
+
+
 def _to_host(x: torch.Tensor) -> torch.Tensor:
     return x.to("cpu", non_blocking=True, copy=True)
 
@@ -105,12 +110,12 @@ class Sampled:
         """A copy in (pinned) host memory, valid once the device has done what was launched so far."""
         return Sampled(self.rows, _to_host(self.tokens), self.top and self.top.to_host())
 
-    def results(self) -> list[tuple[int, TokenLogprobs | None]]:
+    def results(self) -> list[Choice]:
         """Token and log probabilities of each row. Waits for the device when the tensors are there."""
         counts = [row.params.logprobs for row in self.rows]
         entries = iter(self.top.entries([k for k in counts if k is not None]) if self.top else ())
         return [
-            (token, None if k is None else next(entries))
+            Choice(token, None if k is None else next(entries))
             for token, k in zip(self.tokens.tolist(), counts, strict=True)
         ]
 

@@ -8,6 +8,9 @@ Virtual tokens of an adapter are tokens at the front of its sequences that need 
 positions, and their keys and values are copied from the adapter (`Scheduled.lead`). An adapter may act on a part
 of a sequence alone (`Sequence.changes`); other rows are the base's.
 
+A sequence that asks for it gets a draft of what comes next (`lookup.py`) where a step has rows and pages to spare:
+the draft is computed with the token before it, and as much of it as the model would have said is taken.
+
 Everything goes in order of arrival, which a preempted sequence keeps: the earliest sequence always gets on, and
 each becomes the earliest in its turn. Only a lack of adapter slots lets others pass, and not for ever: after
 `slot_patience` the adapter whose slot was held longest must yield. A sequence whose grammar is still being compiled
@@ -19,7 +22,8 @@ from __future__ import annotations
 from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import NamedTuple, Protocol
 
@@ -57,13 +61,31 @@ class AdapterGate(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """A sequence's part of a step: tokens [start, start + count)."""
+    """A sequence's part of a step: tokens [start, start + count), the last of which may be a draft."""
 
     sequence: Sequence
     start: int
     count: int
     samples: bool  # the last token is among them, so the next one is sampled
     lead: int = 0  # virtual tokens right before `start` whose keys and values must be copied first
+    draft: tuple[int, ...] = ()  # behind the last token: `Scheduler.commit` tells how much of it holds
+
+    @property
+    def tokens(self) -> list[int]:
+        """Those that are computed; not there yet in a step that was planned ahead."""
+        return [*self.sequence.tokens[self.start : self.start + self.count - len(self.draft)], *self.draft]
+
+    @property
+    def num_sampled(self) -> int:
+        """How many of its rows, the last ones, choose a token."""
+        return len(self.draft) + 1 if self.samples else 0
+
+    def accepted(self, chosen: Tokens[int]) -> list[int]:
+        """The new tokens: of those that its rows chose the ones before which the draft holds."""
+        right = 0
+        while right < min(len(self.draft), len(chosen) - 1) and chosen[right] == self.draft[right]:
+            right += 1
+        return list(chosen[: right + 1])
 
     @property
     def parts(self) -> list[tuple[int, int]]:
@@ -240,7 +262,7 @@ class Scheduler:
             if not self.pool.can_allocate(sequence):
                 break  # smaller ones behind it would starve it; it keeps its slot meanwhile
             plan(sequence, self._start(sequence))
-        return Batch(items)
+        return Batch(self._with_drafts(items, budget))
 
     def schedule_ahead(self, batch: Batch) -> Batch | None:
         """Plan the step after `batch`, which is not committed yet: the same sequences, one token further.
@@ -252,23 +274,55 @@ class Scheduler:
         following = [item for item in items if not self._ends_with(item)]
         if not following or not all(item.samples for item in items):
             return None
+        if any(item.draft or self._find_draft(item.sequence, 1) for item in items):
+            return None  # how it fares decides on the next
         if self.waiting and (len(following) < len(items) or self._must_yield() or self._can_admit()):
             return None
         if not all(self._reach(item.sequence, item.start + item.count + 1) for item in following):
             return None
         return Batch([Scheduled(item.sequence, item.start + item.count, 1, True) for item in following])
 
-    def commit(self, batch: Batch, tokens: Mapping[str, int]) -> None:
-        """Apply a computed step. `tokens` has the sampled token of each item that samples, by sequence id."""
+    def commit(self, batch: Batch, chosen: Mapping[str, Tokens[int]]) -> None:
+        """Apply a computed step. `chosen`: by sequence id the token that each row of an item that samples chose."""
         for item in batch.items:
             sequence = item.sequence
             if not sequence.is_running:
                 continue  # taken out since the step was planned
-            sequence.num_computed = item.start + item.count
+            new = item.accepted(chosen[sequence.id]) if item.samples else []
+            if item.draft and sequence.lookup is not None:
+                sequence.lookup.learn(len(item.draft), len(new) - 1)
+            sequence.tokens += new
+            sequence.num_computed = item.start + item.count - item.num_sampled + len(new)
             sequence.num_read = max(sequence.num_read, sequence.num_computed)
             self.pool.register(sequence, item.start - item.lead)
-            if item.samples:
-                sequence.tokens.append(tokens[sequence.id])
+
+    # ---- drafts ---------------------------------------------------------------------------------
+
+    def _with_drafts(self, items: list[Scheduled], budget: int) -> list[Scheduled]:
+        """The items with drafts as far as there is room for them: a step samples at most `max_num_seqs` rows."""
+        drafting = sum(self._may_draft(item) for item in items)
+        if not drafting:
+            return items
+        room = min(self.max_num_seqs - sum(item.samples for item in items), budget)
+        for index, item in enumerate(items):
+            if self._may_draft(item):
+                draft = self._find_draft(item.sequence, room // drafting)
+                if draft and self._reach(item.sequence, item.start + 1 + len(draft)):
+                    items[index] = replace(item, count=1 + len(draft), draft=tuple(draft))
+                    room -= len(draft)
+                drafting -= 1
+        return items
+
+    def _may_draft(self, item: Scheduled) -> bool:
+        return item.sequence.lookup is not None and item.samples and item.count == 1
+
+    def _find_draft(self, sequence: Sequence, most: int) -> list[int]:
+        """What may follow the sequence's tokens, at most so much, and one less than it may still get."""
+        length = len(sequence.tokens)
+        end = min(sequence.num_prompt_tokens + sequence.sampling.max_tokens, self.max_model_len)
+        if sequence.lookup is None or (most := min(most, end - length - 1)) < 1:
+            return []
+        return sequence.lookup.find(sequence.tokens, most)
 
     # ---- pages ----------------------------------------------------------------------------------
 
@@ -281,7 +335,7 @@ class Scheduler:
         return sequence.is_running
 
     def _reach(self, sequence: Sequence, length: int) -> bool:
-        """Get the page for the last of `length` tokens, one more than are known, if there is one."""
+        """Get the pages for `length` tokens, more than are known, if there are any."""
         if not self.pool.can_allocate(sequence, length):
             return False
         self.pool.allocate(sequence, length)

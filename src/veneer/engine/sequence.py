@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from veneer.adapters.reach import Reach, Span
 from veneer.engine.grammars import Matcher
+from veneer.engine.lookup import PromptLookup
 from veneer.engine.messages import SamplingParams
 
 VIRTUAL = -1  # stands for a virtual token: its keys and values are the adapter's, it has no id
@@ -37,6 +38,7 @@ class Sequence:
     arrival: float = 0.0  # seconds on the scheduler's clock
     deadline: float | None = None  # seconds on the scheduler's clock
     matcher: Matcher | None = None  # of the grammar that the output follows; the runner moves it
+    lookup: PromptLookup | None = None  # makes drafts of the output; the scheduler moves it
     num_prompt_tokens: int = field(init=False)  # virtual ones included
 
     # Set by the scheduler.

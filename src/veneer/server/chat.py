@@ -43,7 +43,10 @@ def prepare(state: ServerState, text: Text, body: ChatRequest) -> Prepared:
     prompt = render(state, text, body, tools)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     answer = ChatFormat(state, text.tokenizer, body, prompt, tools)
-    return Prepared([prompt], "messages", logprobs, answer, grammar, tools.family.specials if tools else ())
+    shown = tools.family.specials if tools else ()
+    said = body.prediction.text if body.prediction else ""
+    prediction = text.tokenizer.encode(said, add_special_tokens=False)
+    return Prepared([prompt], "messages", logprobs, answer, grammar, shown, prediction)
 
 
 def render(state: ServerState, text: Text, body: Conversation, tools: Tools | None = None) -> list[int]:

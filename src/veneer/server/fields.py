@@ -43,6 +43,23 @@ class StructuredOutputs(_Closed):
     disable_any_whitespace: bool = False
 
 
+class TextPart(_Closed):
+    type: Literal["text"]
+    text: str
+
+
+class Prediction(_Closed):
+    """What the answer will repeat in part."""
+
+    type: Literal["content"]
+    content: str | Annotated[list[TextPart], Field(min_length=1)]
+
+    @property
+    def text(self) -> str:
+        parts = self.content
+        return parts if isinstance(parts, str) else "".join(part.text for part in parts)
+
+
 class Function(_Open):
     name: Name
     description: str | None = None

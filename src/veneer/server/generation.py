@@ -60,11 +60,21 @@ class Usage:
     completion_tokens: int = 0
     cached_tokens: int = 0
     blend: AdapterInfo | None = None  # of several adapters
+    drafts: bool = False  # whether there may be any
+    accepted: int = 0  # tokens of drafts that are in the answer
+    rejected: int = 0  # and those that are not
 
     def wire(self) -> dict[str, Any]:
         """OpenAI's `CompletionUsage`; for a blend with its rank, and what a `max_rank` cost."""
-        blend = {} if self.blend is None else {"blend": {"rank": self.blend.rank, "error": self.blend.error}}
-        return blend | {
+        more: dict[str, Any] = {}
+        if self.blend is not None:
+            more["blend"] = {"rank": self.blend.rank, "error": self.blend.error}
+        if self.drafts:
+            more["completion_tokens_details"] = {
+                "accepted_prediction_tokens": self.accepted,
+                "rejected_prediction_tokens": self.rejected,
+            }
+        return more | {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
@@ -143,6 +153,7 @@ def sampling_params(
     logprobs: int | None,
     end_tokens: Sequence[int] = (),
     constraint: Constraint | None = None,
+    prediction: Sequence[int] = (),
 ) -> SamplingParams:
     """The engine's view of a body; `end_tokens` end the sequence beside the base's.
 
@@ -180,6 +191,8 @@ def sampling_params(
         logprobs=logprobs,
         prompt_logprobs=body.prompt_scores,
         constraint=constraint,
+        draft_tokens=body.draft_tokens,
+        prediction=list(prediction),
     )
 
 
@@ -262,6 +275,7 @@ class Run:
         logprobs: int | None,
         grammar: Grammar | None,
         shown: Sequence[str],
+        prediction: Sequence[int] = (),
         received: float,
         blend: AdapterInfo | None = None,
     ) -> None:
@@ -293,12 +307,22 @@ class Run:
             limit = token_limit(body, prompt, info, param, virtual_tokens)
             for choice in range(body.n):
                 sampling = sampling_params(
-                    body, vocabulary, limit, derived_seed(seed, choice), logprobs, text.end_tokens, constraint
+                    body,
+                    vocabulary,
+                    limit,
+                    derived_seed(seed, choice),
+                    logprobs,
+                    text.end_tokens,
+                    constraint,
+                    prediction,
                 )
                 self._sequences.append(NewSequence(prompt, sampling))
         self._choices = [_Choice(self._text_stream(prompt)) for prompt, _ in self._sequences]
         self._first_token_seen = False
-        self.usage = Usage(prompt_tokens=sum(map(len, prompts)), blend=blend)
+        if len(prediction) > info.max_model_len:
+            rule = f"the context holds {info.max_model_len}; send the part that the answer repeats"
+            raise InvalidRequest(f"prediction has {len(prediction)} tokens and {rule}.", param="prediction")
+        self.usage = Usage(prompt_tokens=sum(map(len, prompts)), blend=blend, drafts=body.draft_tokens > 0)
         limits = [limit for limit in (body.timeout, state.config.request_timeout) if limit is not None]
         self._deadline = min(limits, default=None)
         self._stack = ExitStack()
@@ -375,6 +399,8 @@ class Run:
                 metrics.inter_token((now - known.last_output) / others)
             known.last_output = now
         self.usage.completion_tokens += tokens
+        self.usage.accepted += output.accepted
+        self.usage.rejected += output.drafted - output.accepted
         if choice % self._body.n == 0:  # a prompt counts once, whatever n is
             self.usage.cached_tokens += max(output.cached_tokens - known.cached_tokens, 0)
             known.cached_tokens = max(output.cached_tokens, known.cached_tokens)

@@ -219,6 +219,8 @@ def _step_families(model_name: str, stats: Stats) -> Iterator[Metric]:
         "engine_eager_steps": ("Steps run without a CUDA graph", stats.eager_steps),
         "prefill_tokens": ("Prompt tokens computed", stats.prefill_tokens),
         "decode_tokens": ("Tokens generated", stats.decode_tokens),
+        "draft_tokens": ("Tokens drafted by lookup", stats.draft_tokens),
+        "accepted_draft_tokens": ("Of these, tokens that were taken", stats.accepted_draft_tokens),
         "prefix_cache_hit_tokens": ("Prompt tokens found in the prefix cache", stats.prefix_hit_tokens),
         "prefix_cache_query_tokens": ("Prompt tokens looked up there", stats.prefix_query_tokens),
         "preemptions": ("Sequences preempted for want of KV pages", stats.preemptions),
@@ -237,6 +239,13 @@ def _step_families(model_name: str, stats: Stats) -> Iterator[Metric]:
         family = GaugeMetricFamily(name, text, labels=["model_name"])
         family.add_metric([model_name], value)
         yield family
+    for name, text, count in (
+        ("vllm:spec_decode_num_draft_tokens", "Tokens drafted", stats.draft_tokens),
+        ("vllm:spec_decode_num_accepted_tokens", "Drafted tokens accepted", stats.accepted_draft_tokens),
+    ):
+        counter = CounterMetricFamily(name, text, labels=["model_name"])
+        counter.add_metric([model_name], count)
+        yield counter
 
 
 def _by_adapter(name: str, text: str, values: Mapping[str, int]) -> Metric:

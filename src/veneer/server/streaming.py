@@ -63,6 +63,7 @@ class Prepared(NamedTuple):
     format: Format
     grammar: Grammar | None = None  # of the answers
     shown: Sequence[str] = ()  # special tokens that the format reads in an answer's text
+    prediction: Sequence[int] = ()  # tokens that the answers may repeat
 
 
 Prepare = Callable[[ServerState, Text, Body], Prepared]
@@ -156,6 +157,7 @@ class Exchange(Generic[Body]):
                 logprobs=ready.logprobs,
                 grammar=ready.grammar,
                 shown=ready.shown,
+                prediction=ready.prediction,
                 received=self._received,
                 blend=self._blend,
             ) as run:

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from veneer.errors import InvalidRequest, TooLarge
 from veneer.server.blend_wire import MergedAdapters, Mixture, Rank, WeightedAdapters
 from veneer.server.errors import pydantic_error
-from veneer.server.fields import ResponseFormat, StructuredOutputs, Tool, ToolChoice
+from veneer.server.fields import Prediction, ResponseFormat, StructuredOutputs, Tool, ToolChoice
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,8 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 MOST_STOPS = 64  # OpenAI takes 4; tasks of lm-evaluation-harness have more
 MOST_LOGPROBS = 20  # vLLM's bound
+MOST_DRAFT_TOKENS = 64
+DRAFT_TOKENS = 10  # with a prediction alone
 LoraPath = str | Annotated[list[str | None], Field(min_length=1, max_length=1024)] | None
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -90,6 +92,8 @@ class GenerationRequest(ModelRequest):
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    # transformers'
+    prompt_lookup_num_tokens: Annotated[int, Field(ge=0, le=MOST_DRAFT_TOKENS)] | None = None
 
     @property
     def stops(self) -> list[str]:
@@ -99,6 +103,11 @@ class GenerationRequest(ModelRequest):
     def prompt_scores(self) -> int | None:
         """How many log probabilities of likeliest tokens the answer needs at each of the prompt; None for none."""
         return self.prompt_logprobs
+
+    @property
+    def draft_tokens(self) -> int:
+        """How many tokens a step may draft."""
+        return self.prompt_lookup_num_tokens or 0
 
 
 class Conversation(Strict):
@@ -119,6 +128,12 @@ class ChatRequest(GenerationRequest, Conversation):
     tool_choice: ToolChoice | None = None  # auto when there are tools
     parallel_tool_calls: bool = True
     service_tier: Literal["auto", "default"] | None = None
+    prediction: Prediction | None = None
+
+    @property
+    def draft_tokens(self) -> int:
+        default = 0 if self.prediction is None else DRAFT_TOKENS
+        return default if self.prompt_lookup_num_tokens is None else self.prompt_lookup_num_tokens
 
 
 class CompletionRequest(GenerationRequest):
@@ -213,7 +228,6 @@ NOT_HONOURED: Final[dict[str, NotHonoured]] = {
     "audio": NotHonoured(only(), _TEXT),
     "functions": NotHonoured(empty, "OpenAI has replaced it; use tools"),
     "function_call": NotHonoured(only("none"), "OpenAI has replaced it; use tool_choice"),
-    "prediction": NotHonoured(only(), _LATER),
     "web_search_options": NotHonoured(only(), "this server does not search the web"),
     "moderation": NotHonoured(only(), "this server has no moderation"),
     "verbosity": NotHonoured(only("medium"), "the base does not know it; say it in a message"),
@@ -275,6 +289,7 @@ FORMS = {
     "prompt": TEXTS,
     "input": TEXTS,
     "lora_path": "must be an adapter's name, or a list of them",
+    "prediction": 'must be an object with the type "content" and content, text or a list of text parts',
     "stop": f"must be text of 1 to 1024 characters, or a list of at most {MOST_STOPS} of them",
 }
 
