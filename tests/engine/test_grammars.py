@@ -255,6 +255,29 @@ def test_lookahead_changes_no_token(make_engine: Callable[..., Any], model: Path
     assert found[1:] == found[:1] * 3
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_drafts_change_no_token(make_engine: Callable[..., Any], model: Path, temperature: float) -> None:
+    """Nor what is refused: drafts are held to the grammar token by token."""
+    names = ("object", "array", "recursive", "enum", "open", "pattern")
+    grammars = [lark(json_body(SCHEMAS[name], "here")) for name in names]
+    fields = {"temperature": temperature, "seed": 7, "max_tokens": 60}
+    engine = make_engine(model)
+    expected = engine.run(*(submit(engine, grammar, **fields) for grammar in grammars))
+    for lookahead in (False, True):
+        engine = make_engine(model, lookahead=lookahead)
+        asked = [
+            submit(
+                engine, grammar, draft_tokens=4, prediction=[*tokens[:9], 5, *tokens[9:], END, 7], **fields
+            )
+            for grammar, tokens in zip(grammars, expected, strict=True)
+        ]
+        assert engine.run(*asked) == expected
+        assert engine.engine.accepted_draft_tokens > 20
+        assert [reason(engine, each) for each in asked] == [
+            "stop" if tokens[-1] == END else "length" for tokens in expected
+        ]
+
+
 def test_the_length_may_cut_it(engine: Any) -> None:
     asked = submit(engine, lark(regex_body("a{50}")), max_tokens=9)
     tokens = engine.run(asked)[0]

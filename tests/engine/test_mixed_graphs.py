@@ -187,6 +187,7 @@ def check_each_step(driver: Any) -> Counter[str]:
         seen["one row that does not sample"] += any(i.count == 1 and not i.samples for i in planned)
         seen["base and adapters"] += len({item.sequence.slot for item in planned}) > 2
         seen["tokens from the device"] += previous is not None
+        seen["drafts"] += any(item.draft for item in planned)
         return found, ids
 
     runner.mixed_graphs.run = checked
@@ -249,13 +250,38 @@ def test_steps_of_kin_are_the_eager_ones(
         assert len(rows.row_slots[: 3 * each].unique()) == 3
 
 
+@pytest.mark.parametrize("lookahead", [False, True])
+def test_steps_with_drafts_are_the_eager_ones(
+    tiny_model: Callable[[str], Path],
+    stores: Callable[[str], str],
+    make_engine: Callable[..., Any],
+    lookahead: bool,
+) -> None:
+    model, store = tiny_model("llama"), str(stores("llama"))
+    asked = requests()
+    expected = answer(make_engine(model, store=store, lookahead=False), asked, every=1)
+    driver = make_engine(model, store=store, lookahead=lookahead, max_num_seqs=7)
+    for adapter in ADAPTERS:
+        driver.generate([3], adapter, max_tokens=1)
+    replay_on_cpu(driver)
+    seen = check_each_step(driver)
+    drafted = [
+        (prompt, adapter, {**sampling, "draft_tokens": 4, "prediction": [*tokens[:3], 5, *tokens[3:]]})
+        for (prompt, adapter, sampling), tokens in zip(asked, tokens_of(expected), strict=True)
+    ]
+    assert tokens_of(answer(driver, drafted, every=1)) == tokens_of(expected)
+    assert seen["drafts"] > 0
+    assert seen["steps"] == driver.engine.runner.mixed_graphs.replays
+    assert driver.engine.accepted_draft_tokens > 0
+
+
 def test_the_smallest_bucket_is_taken_and_larger_steps_are_eager(
     tiny_model: Callable[[str], Path], stores: Callable[[str], str], make_engine: Callable[..., Any]
 ) -> None:
     fields = {"max_num_batched_tokens": 800, "prefix_caching": False}
     driver = make_engine(tiny_model("llama"), store=str(stores("llama")), **fields)
     replays = replay_on_cpu(driver, max_batch=4)
-    assert [replay.bucket for replay in replays] == [128, 256, 512]
+    assert [replay.bucket for replay in replays] == [16, 64, 128, 256, 512]
     seen = check_each_step(driver)
 
     def rows(*counts: int) -> list[int]:
@@ -270,15 +296,16 @@ def test_the_smallest_bucket_is_taken_and_larger_steps_are_eager(
 
     for adapter in ADAPTERS:  # so that they are resident, and prompts come in one step
         driver.generate([5], adapter, max_tokens=1)
-    assert rows(3, 9) == [1, 0, 0]
-    assert rows(100, 28) == [1, 0, 0]
-    assert rows(101, 29) == [0, 1, 0]
-    assert rows(102, 153, 2) == [0, 0, 1]
-    assert rows(200, 103, 104, 105) == [0, 0, 1]
-    assert rows(200, 201, 106, 107) == [0, 0, 0]  # more rows
-    assert rows(4, 5, 6, 7, 8) == [0, 0, 0]  # more sequences
-    assert [rows(5), rows(6)] == [[1, 0, 0]] * 2  # over tables of larger steps, on both hosts
-    assert seen["several chunks"] == 5
+    assert rows(3, 9) == [1, 0, 0, 0, 0]
+    assert rows(4, 10, 3) == [0, 1, 0, 0, 0]
+    assert rows(100, 28) == [0, 0, 1, 0, 0]
+    assert rows(101, 29) == [0, 0, 0, 1, 0]
+    assert rows(102, 153, 2) == [0, 0, 0, 0, 1]
+    assert rows(200, 103, 104, 105) == [0, 0, 0, 0, 1]
+    assert rows(200, 201, 106, 107) == [0] * 5  # more rows
+    assert rows(4, 5, 6, 7, 8) == [0] * 5  # more sequences
+    assert [rows(5), rows(6)] == [[1, 0, 0, 0, 0]] * 2  # over tables of larger steps, on both hosts
+    assert seen["several chunks"] == 6
 
 
 def test_decode_steps_keep_their_own_graphs(

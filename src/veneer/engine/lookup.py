@@ -10,6 +10,7 @@ torch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
 
 SIZES = (3, 2)  # of the n-grams that are looked up, the longest first
 PAUSE = 16  # tokens without drafts after too many in vain
@@ -37,7 +38,9 @@ class PromptLookup:
             return []
         self._index(tokens)
         self._from = place = next(self._candidates(), 0)
-        return self._text[place : place + min(most, self._limit)] if place else []
+        most = min(most, self._limit) if place else 0
+        # a text that has come round to its own end goes round again
+        return list(islice(cycle(self._text[place : place + most]), most))
 
     def learn(self, drafted: int, accepted: int) -> None:
         """How the last draft fared: the next may be longer, or must be shorter, down to a pause."""
