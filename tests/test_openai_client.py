@@ -134,6 +134,31 @@ def test_a_stream_carries_the_same_answer(client: OpenAI, model: str) -> None:
     assert len({chunk.id for chunk in chunks}) == 1
 
 
+def test_a_predicted_answer_takes_fewer_steps_and_is_the_same(server: LiveServer, client: OpenAI) -> None:
+    before = server.metric("veneer_accepted_draft_tokens_total")
+    plain = greedy(client, "negate", messages=SENTENCE)
+    content = plain.choices[0].message.content.replace("warm", "cold")
+    for prediction in (content, [{"type": "text", "text": content}]):
+        found = greedy(
+            client, "negate", messages=SENTENCE, prediction={"type": "content", "content": prediction}
+        )
+        assert found.choices == plain.choices
+        details = found.usage.completion_tokens_details
+        assert details.accepted_prediction_tokens >= 4
+        assert details.rejected_prediction_tokens >= 1
+    assert plain.usage.completion_tokens_details is None
+    until(lambda: server.metric("veneer_accepted_draft_tokens_total") >= before + 8)
+
+
+def test_drafts_are_looked_up_in_the_prompt(client: OpenAI) -> None:
+    asked: dict[str, Any] = {"model": BASE, "prompt": "1 2 3 4 1 2 3 4 1 2 3 4 1 2", "temperature": 0}
+    plain = client.completions.create(**asked)
+    drafted = client.completions.create(**asked, stream=True, extra_body={"prompt_lookup_num_tokens": 6})
+    pieces = list(drafted)
+    assert "".join(piece.choices[0].text for piece in pieces) == plain.choices[0].text
+    assert len(pieces) < 16
+
+
 def test_a_stream_without_options_has_no_usage(client: OpenAI) -> None:
     chunks = list(greedy(client, tokens=3, stream=True))
     assert all(chunk.usage is None and len(chunk.choices) == 1 for chunk in chunks)

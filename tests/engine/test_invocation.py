@@ -224,16 +224,18 @@ def test_a_mixed_graph_takes_beginnings_as_far_as_its_tables_reach(
         slots=2,
     )
     pretend_captured(graphs)
-    reach = graphs._tile_entries(128) - 1
-    for beginnings in (1, reach // 2, reach // 2 + 1):
+    reaches = [graphs._tile_entries(bucket) - 1 for bucket in (64, 128, 256)]
+    for beginnings in (4, *(reach // 2 + more for reach in reaches for more in (0, 1))):
         planned = [item(0, 0, 4, 2) for _ in range(beginnings)]
-        fits = graphs.fits(planned)
-        assert fits == (2 * beginnings <= reach)
-        if fits:
+        rows = 4 * beginnings
+        assert graphs._bucket(planned) == next(
+            (b for b in graphs._buckets if b >= rows and 2 * beginnings < graphs._tile_entries(b)), None
+        )
+        if graphs.fits(planned):
             make = next(graphs._hosts)
             for each in planned:
                 each.sequence.pages = [0]
-            make.fill(planned, 128, 32, 8, None)
+            make.fill(planned, 256, 32, 8, None)
             used = make._tiles[: 1 + 2 * beginnings].tolist()
             expected = [[slot, start, stop - start] for slot, start, stop in segments_of(planned)]
             assert used == [[2 * beginnings, 0, 0], *expected]
@@ -268,8 +270,9 @@ def test_a_mixed_graph_takes_tails_as_far_as_its_head_table_reaches(
         )
         assert [each.slot for each in planned] == list(range(2 * slots))
         assert mixed.fits(planned) == (2 * slots <= room)
-        assert decode.fits(planned) == (
-            2 * slots < decode._tile_entries(next(b for b in decode._buckets if b >= 2 * slots))
+        rows = 2 * slots
+        assert decode.fits(planned) == any(
+            rows <= bucket and rows < decode._tile_entries(bucket) for bucket in decode._buckets
         )
         if mixed.fits(planned):
             host = next(mixed._hosts)

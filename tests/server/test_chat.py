@@ -507,3 +507,43 @@ def test_the_server_imports_no_torch_and_starts_fast() -> None:
     ratio, modules = runs[-1].splitlines()
     assert modules == "[]"
     assert float(ratio) < 2.0
+
+
+# ---- drafts --------------------------------------------------------------------------------------
+
+
+def test_a_prediction_goes_to_the_engine_as_tokens(server: Server) -> None:
+    """As what the answer may repeat; an explicit number of tokens goes before the usual one."""
+    content = [{"type": "text", "text": "hello "}, {"type": "text", "text": "world"}]
+    ways: list[dict[str, Any]] = [
+        {"prediction": {"type": "content", "content": "hello world"}},
+        {"prediction": {"type": "content", "content": content}, "prompt_lookup_num_tokens": 3},
+        {"prompt_lookup_num_tokens": 5},
+        {},
+    ]
+    usages = [chat(server, **fields)["usage"] for fields in ways]
+    sent = [each["sampling"] for each in server.received("Generate")]
+    assert [each.get("draft_tokens", 0) for each in sent] == [10, 3, 5, 0]
+    assert sent[0]["prediction"] == sent[1]["prediction"] != []
+    assert "prediction" not in sent[2]
+    details = {
+        "accepted_prediction_tokens": 0,
+        "rejected_prediction_tokens": 0,
+    }  # the toy model drafts nothing
+    assert [usage.get("completion_tokens_details") for usage in usages] == [details] * 3 + [None]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prediction": "hello"}, "prediction"),
+        ({"prediction": {"type": "content", "content": []}}, "prediction"),
+        ({"prediction": {"type": "content", "content": [{"type": "image_url"}]}}, "prediction"),
+        ({"prediction": {"type": "content", "content": "word " * 5000}}, "prediction"),
+        ({"prompt_lookup_num_tokens": 65}, "prompt_lookup_num_tokens"),
+        ({"prompt_lookup_num_tokens": -1}, "prompt_lookup_num_tokens"),
+    ],
+)
+def test_a_prediction_that_cannot_be_used_is_refused(server: Server, fields: Any, param: str) -> None:
+    reply = server.post("/v1/chat/completions", body(**fields))
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)

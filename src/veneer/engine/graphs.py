@@ -320,8 +320,9 @@ class StepGraphs(ABC):
         left in the first rows of `tokens`.
         """
         bucket = self._bucket(planned)
+        assert bucket is not None  # `fits` says so
         variant = self._find(planned, bucket)
-        assert variant is not None  # `fits` says so
+        assert variant is not None
         self._fill(planned, bucket, previous, variant)
         captured = self._captured[bucket, variant]
         captured.graph.replay()
@@ -329,9 +330,14 @@ class StepGraphs(ABC):
         count = sum(item.num_sampled for item in planned)
         return captured.logits[:count], captured.ids[:count]
 
-    def _bucket(self, planned: Rows[Scheduled]) -> int:
-        rows = sum(item.count for item in planned)
-        return next(size for size in self._buckets if size >= rows)
+    def _bucket(self, planned: Rows[Scheduled]) -> int | None:
+        """The least bucket with room for the rows and their tiles."""
+        rows, regular = sum(item.count for item in planned), self._is_regular(planned)
+        segments = [] if regular else segments_of(planned)
+        for size in self._buckets:
+            if size >= rows and count_tiles(segments, self._tile_rows_of(size)) < self._tile_entries(size):
+                return size
+        return None
 
     def _find(self, planned: Rows[Scheduled], bucket: int) -> Variant | None:
         """The least variant that does what these need and is captured, if there is one."""
@@ -354,6 +360,14 @@ class StepGraphs(ABC):
     def _is_regular(self, planned: Rows[Scheduled]) -> bool:
         """Whether there is one segment of the base and of each adapter at most: tables are sized for that."""
         return all(item.sequence.changes == ALWAYS for item in planned)
+
+    @abstractmethod
+    def _tile_rows_of(self, bucket: int) -> int:
+        """How many rows a tile has at most."""
+
+    @abstractmethod
+    def _tile_entries(self, bucket: int) -> int:
+        """How many tiles there is room for, and one."""
 
     def _fill(
         self, planned: Rows[Scheduled], bucket: int, previous: Rows[int] | None, variant: Variant
@@ -443,12 +457,8 @@ class DecodeGraphs(StepGraphs):
 
     def fits(self, planned: Rows[Scheduled]) -> bool:
         one_row_each = all(item.count == 1 and item.samples for item in planned)
-        if not one_row_each or len(planned) > self._buckets[-1]:
-            return False
-        if self._find(planned, bucket := self._bucket(planned)) is None:
-            return False
-        tiles = 0 if self._is_regular(planned) else count_tiles(segments_of(planned), self._tile_rows)
-        return tiles < self._tile_entries(bucket)
+        bucket = self._bucket(planned) if one_row_each else None
+        return bucket is not None and self._find(planned, bucket) is not None
 
     def _fill_host(
         self,
@@ -460,6 +470,9 @@ class DecodeGraphs(StepGraphs):
     ) -> int:
         tile_rows = choose_tile_rows(self._max_batch, variant.is_shared)
         return host.fill(planned, bucket, bucket, tile_rows, previous, self._kin(variant))
+
+    def _tile_rows_of(self, bucket: int) -> int:
+        return self._tile_rows
 
     def _tile_entries(self, bucket: int) -> int:
         return 1 + tile_capacity(bucket, self._slots, self._tile_rows)
@@ -515,17 +528,14 @@ class MixedGraphs(StepGraphs):
         super().__init__(base, tokens, buckets, sizes, page_size, scratch_page, variants)
 
     def fits(self, planned: Rows[Scheduled]) -> bool:
-        rows = sum(item.count for item in planned)
         sampled = sum(item.num_sampled for item in planned)
-        if rows > self._buckets[-1] or max(len(planned), sampled) > self._sequences:
+        if max(len(planned), sampled) > self._sequences:
             return False
-        if self._find(planned, bucket := self._bucket(planned)) is None:
+        bucket = self._bucket(planned)
+        if bucket is None or self._find(planned, bucket) is None:
             return False
-        if self._is_regular(planned):
-            return True
-        tiles = count_tiles(segments_of(planned), choose_tile_rows(bucket))
         head_tiles = count_tiles(head_segments_of(planned), self._head_tile_rows)
-        return tiles < self._tile_entries(bucket) and head_tiles < len(self._tables.head_tiles)
+        return self._is_regular(planned) or head_tiles < len(self._tables.head_tiles)
 
     def _fill_host(
         self,
@@ -538,6 +548,9 @@ class MixedGraphs(StepGraphs):
         shared, kin = variant.is_shared, self._kin(variant)
         host.fill_chunks(planned, self._sequences, choose_tile_rows(self._sequences, shared), kin)
         return host.fill(planned, bucket, self._sequences, choose_tile_rows(bucket, shared), previous, kin)
+
+    def _tile_rows_of(self, bucket: int) -> int:
+        return choose_tile_rows(bucket)
 
     def _tile_entries(self, bucket: int) -> int:
         return 1 + tile_capacity(bucket, self._slots, choose_tile_rows(bucket))
