@@ -452,12 +452,13 @@ class Runner:
             forbidden = [*self.base.eos_token_ids, *p.stop_token_ids] if position < p.min_tokens else []
             yield SamplingRow(
                 p,
-                [*sequence.tokens, *item.draft[:index]] if index else sequence.tokens,
+                sequence.tokens,
                 num_prompt,
                 position,
                 forbidden,
                 allowed[index] if index < len(allowed) else None,
                 num_virtual=sequence.num_virtual or 0,
+                draft=item.draft[:index],
             )
 
 

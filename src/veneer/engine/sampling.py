@@ -37,11 +37,17 @@ class SamplingRow:
     forbidden: Sequence[int] = ()  # token ids that may not be chosen now (end tokens below min_tokens)
     allowed: Words | None = None  # what its grammar allows; None: every token
     num_virtual: int = 0  # tokens in front of the prompt that have no ids
+    draft: Sequence[int] = ()  # behind the tokens, as if they were said
 
     @property
     def is_pending(self) -> bool:
         """Whether the last token is known to the device alone."""
-        return self.num_prompt + self.position > len(self.tokens)
+        return self.num_prompt + self.position > len(self.tokens) + len(self.draft)
+
+    @property
+    def output(self) -> list[int]:
+        """What was generated, as far as the host knows."""
+        return [*self.tokens[self.num_prompt :], *self.draft]
 
     @property
     def is_penalized(self) -> bool:
@@ -215,7 +221,7 @@ def _penalize(scores: torch.Tensor, rows: Sequence[SamplingRow], last: torch.Ten
     presence = [(row.params.presence_penalty, float(row.is_pending)) for row in rows]
     table = upload(np.hstack([params, presence]), np.float32, scores.device)
     repetition, frequency, presence_, pending = (column.unsqueeze(1) for column in table.unbind(1))
-    counts = _counts(scores, [row.tokens[row.num_prompt :] for row in rows])
+    counts = _counts(scores, [row.output for row in rows])
     if any(row.is_pending for row in rows):
         assert last is not None  # the runner knows it of every row
         counts.scatter_add_(1, last.long().unsqueeze(1), pending)
