@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AutoConfig
 
 import veneer.training.planning.footprint
@@ -151,6 +153,17 @@ def test_two_depths_tell_any_other(
     drawn = footprint(deep, Machine("cuda", "nf4"), **fields)
     monkeypatch.setattr(veneer.training.planning.footprint, "_DEPTHS", (9, 9))  # follow all layers
     assert footprint(deep, Machine("cuda", "nf4"), **fields) == drawn
+
+
+@pytest.mark.parametrize("source", ["output", "sum"])
+def test_no_tensor_outlives_its_prediction(source: str, config: Any) -> None:
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(each, FakeTensor) for each in gc.get_objects())
+
+    before = alive()
+    footprint(config, adapter=Adapter(kind="bottleneck", options={"source": source}))
+    assert alive() == before
 
 
 # ---- the command

@@ -108,23 +108,24 @@ class HiddenTrainable(Trainable):
         self._parts[name] = module
         owner.add_module(f"veneer_{place}", module)
         target = {"attention": "self_attn", "mlp": "mlp"}.get(place)
-        residual: list[torch.Tensor] = []
-        if target is not None:
+        needs_residual = self._config["source"] != "output"
+        residual: list[torch.Tensor] = []  # from the norm's call to the change
+        if needs_residual:
             norm = owner.input_layernorm if place == "attention" else owner.post_attention_layernorm
             norm.register_forward_pre_hook(lambda _, inputs: residual.__setitem__(slice(None), inputs[:1]))
 
         def change(_: Any, __: Any, output: Any) -> Any:
             h = output[0] if isinstance(output, tuple) else output
-            y = h + self._delta(module, h, residual)
+            # taken out, since it would keep the forward's graph, and a hook in that graph the whole view
+            y = h + self._delta(module, h, residual.pop() if needs_residual else None)
             return (y, *output[1:]) if isinstance(output, tuple) else y
 
         (owner if target is None else getattr(owner, target)).register_forward_hook(change)
 
-    def _delta(self, module: nn.Module, h: torch.Tensor, residual: list[torch.Tensor]) -> torch.Tensor:
+    def _delta(self, module: nn.Module, h: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         if not self.on:
             return torch.zeros_like(h)
-        source = self._config["source"]
-        z = h if source == "output" else residual[0] if source == "residual" else h + residual[0]
+        z = h if residual is None else residual if self._config["source"] == "residual" else h + residual
         delta: torch.Tensor = module(z)
         positions = self._config.get("positions")
         return delta if positions is None else delta * self._acts(positions, delta)
