@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import chain
@@ -115,6 +116,18 @@ def test_base_is_resident_once(tiny_model: Callable[[str], Path], make_engine: C
     buffers = [step.added, step.tables.entries, step.tables.entries_host, *chain(*step.kv_cache)]
     # tiles and norms (one dimension) are small beside the weights
     assert abs(weights_alive() - before - sum(each.nbytes for each in buffers) - size) < 0.1 * size
+
+
+def test_an_engine_is_freed_with_its_last_reference(
+    tiny_model: Callable[[str], Path], make_engine: Callable[..., Any]
+) -> None:
+    first = make_engine(tiny_model("llama"))  # which the fixture refers to
+    driver = type(first)(first.engine.config)
+    driver.generate([5, 6, 7])
+    driver.engine.close()
+    engine = weakref.ref(driver.engine)
+    del driver
+    assert engine() is None
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])

@@ -69,7 +69,7 @@ class Engine:
         device = resolve_device(config.device)
         self.config = config
         dtype = resolve_dtype(config.dtype, device)
-        self.base = base or load_base(
+        self.base = resident = base or load_base(
             Path(config.model),
             quantization=config.quantization,
             dtype=dtype,
@@ -87,7 +87,8 @@ class Engine:
             arena_bytes=config.adapter_memory or _default_arena(device),
             host_bytes=config.host_adapter_memory or _default_host_cache(device),
             wake=wake,
-            load=load or (lambda folder, task: lower(folder, self.base, config.max_lora_rank, task)),
+            # no `self` in there: a cycle would keep gigabytes of a dropped engine until a collection
+            load=load or (lambda folder, task: lower(folder, resident, config.max_lora_rank, task)),
         )
         self.grammars = Grammars(
             Path(config.model),
