@@ -36,9 +36,9 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-# one worker for each core, so one thread for each worker
+# one worker for each core, so one thread for each worker; modules in the order of tests/conftest.py
 pytest: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(ARGS)
 
 # The kernels against their references, whole models graphed against eager, and no access out of bounds.
 # compute-sanitizer comes with the CUDA toolkit; SANITIZER= leaves it out.

@@ -18,6 +18,13 @@ from tests.text_model import VOCABULARY, make_text_model
 ROOT = Path(__file__).parent.parent
 Value = TypeVar("Value")
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules that serve the packaged base come first: they take longest, and one at the end would run alone."""
+    long = {item.path for item in items if item.get_closest_marker("model")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,13 @@ def test_one_long_row_does_not_set_the_length() -> None:
 # ---- what is predicted
 
 
+@pytest.fixture(scope="module")
+def base(tiny_base: Path) -> Any:
+    return load_base(tiny_base, quantization="none", dtype=torch.float32, device=torch.device("cpu"))
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_trained_parameters_are_those_of_the_kind(kind: str, config: Any, tiny_base: Path) -> None:
-    base = load_base(tiny_base, quantization="none", dtype=torch.float32, device=torch.device("cpu"))
+def test_trained_parameters_are_those_of_the_kind(kind: str, config: Any, base: Any, tiny_base: Path) -> None:
     training = Training(adapter=Adapter.model_validate({"kind": kind}), steps=10)
     trainable = make_trainable(training, Setting(trainable_view(base), 1000, "base", tiny_base, list))
     exact = sum(each.numel() for each in parameters(trainable).values())
@@ -104,21 +109,19 @@ def test_weights_are_those_of_the_loaded_base(quantization: str, config: Any, ti
 
 
 def test_predictions_grow_as_they_must(config: Any) -> None:
-    plain = footprint(config)
-    assert footprint(config, load=Load(4, 16)).step > 1.5 * plain.step
-    assert footprint(config, load=Load(2, 64)).step > 3 * plain.step
-    assert footprint(config, gradient_checkpointing=True, load=Load(2, 64)).step < (
-        footprint(config, load=Load(2, 64)).step
-    )
+    plain, rows, long = footprint(config), footprint(config, load=Load(4, 16)), Load(2, 64)
+    kept = footprint(config, load=long)
+    recomputed = footprint(config, gradient_checkpointing=True, load=long)
+    assert rows.step > 1.5 * plain.step
+    assert kept.step > 3 * plain.step
+    assert recomputed.step < kept.step
     assert footprint(config, adapter=Adapter(rank=32)).state == pytest.approx(4 * plain.state, rel=0.05)
     assert footprint(config, method="dpo").step > 1.5 * plain.step
     assert footprint(config, Machine("cpu", "nf4")).weights < plain.weights
     full = Adapter(kind="layers", layers=[0, 1])
     assert footprint(config, adapter=full).state > 4 * plain.state
-    assert footprint(config, load=Load(4, 16)).micro_batch.products > 1.9 * plain.micro_batch.products
-    wide = Load(2, 64)
-    recomputed = footprint(config, gradient_checkpointing=True, load=wide).micro_batch.products
-    assert recomputed > 1.2 * footprint(config, load=wide).micro_batch.products
+    assert rows.micro_batch.products > 1.9 * plain.micro_batch.products
+    assert recomputed.micro_batch.products > 1.2 * kept.micro_batch.products
 
 
 def test_moments_in_8_bits(config: Any) -> None:
@@ -139,17 +142,16 @@ def test_moments_in_8_bits(config: Any) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {},
         {"gradient_checkpointing": True},
         {"method": "dpo", "accumulation": 2},
         {"packing": True},
-        {"adapter": Adapter(kind="layers", layers=list(range(5)))},
+        {"adapter": Adapter(kind="layers", layers=list(range(4)))},
     ],
 )
 def test_two_depths_tell_any_other(
     fields: dict[str, Any], config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    deep = type(config).from_dict({**config.to_dict(), "num_hidden_layers": 5})
+    deep = type(config).from_dict({**config.to_dict(), "num_hidden_layers": 4})
     drawn = footprint(deep, Machine("cuda", "nf4"), **fields)
     monkeypatch.setattr(veneer.training.planning.footprint, "_DEPTHS", (9, 9))  # follow all layers
     assert footprint(deep, Machine("cuda", "nf4"), **fields) == drawn
@@ -169,6 +171,16 @@ def test_no_tensor_outlives_its_prediction(source: str, config: Any) -> None:
 # ---- the command
 
 
+@pytest.fixture(scope="module")
+def shallow_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of one layer, for a plan makes many predictions. It has no weights: none are read."""
+    folder = tmp_path_factory.mktemp("shallow") / "base"
+    shutil.copytree(tiny_base, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 1}))
+    return folder
+
+
 def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert main(["plan", "--device", "cpu", "--tflops", "0.1", *arguments]) == 0
     return capsys.readouterr().out
@@ -186,9 +198,9 @@ def rows(tmp_path: Path) -> Path:
 
 
 def test_the_text_is_a_recipe(
-    capsys: pytest.CaptureFixture[str], rows: Path, tiny_base: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], rows: Path, shallow_base: Path, tmp_path: Path
 ) -> None:
-    text = plan(capsys, "--data", str(rows), "--base", str(tiny_base))
+    text = plan(capsys, "--data", str(rows), "--base", str(shallow_base))
     (tmp_path / "recipe.yaml").write_text(text)
     recipe = read_recipe(tmp_path / "recipe.yaml")
     assert (recipe.data, recipe.adapter.rank, recipe.quantization) == (rows, 4, "none")
@@ -197,11 +209,12 @@ def test_the_text_is_a_recipe(
 
 
 def test_what_does_not_fit_is_changed(
-    capsys: pytest.CaptureFixture[str], rows: Path, tiny_base: Path, config: Any
+    capsys: pytest.CaptureFixture[str], rows: Path, shallow_base: Path
 ) -> None:
-    arguments = ("--data", str(rows), "--base", str(tiny_base), "--json", "--batch-size")
+    arguments = ("--data", str(rows), "--base", str(shallow_base), "--json", "--batch-size")
     found = json.loads(plan(capsys, *arguments, "1", "--memory", "1K"))
     assert "smaller base" in found["changes"][-1]
+    config = AutoConfig.from_pretrained(shallow_base)
     load = Load(2, found["data"]["percentiles"]["max"])
     tuned = {"adapter": Adapter(rank=4), "gradient_checkpointing": True, "accumulation": 2}
     memory = footprint(config, Machine("cpu", "nf4"), load, **tuned).total
@@ -213,7 +226,7 @@ def test_what_does_not_fit_is_changed(
 
 
 def test_kinds_of_data_are_told_apart(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_base: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow_base: Path
 ) -> None:
     rows = {
         "dpo": {"prompt": "a", "chosen": "good", "rejected": "bad"},
@@ -224,14 +237,14 @@ def test_kinds_of_data_are_told_apart(
         path.write_text(
             "".join(json.dumps(row | {"prompt": str(n)} if "prompt" in row else row) + "\n" for n in range(4))
         )
-        fields = yaml.safe_load(plan(capsys, "--data", str(path), "--base", str(tiny_base)))
+        fields = yaml.safe_load(plan(capsys, "--data", str(path), "--base", str(shallow_base)))
         assert fields["method"] == method
 
 
 def test_a_device_that_is_not_here_has_no_time(
-    capsys: pytest.CaptureFixture[str], rows: Path, tiny_base: Path
+    capsys: pytest.CaptureFixture[str], rows: Path, shallow_base: Path
 ) -> None:
-    arguments = ["plan", "--device", "cuda", "--data", str(rows), "--base", str(tiny_base), "--json"]
+    arguments = ["plan", "--device", "cuda", "--data", str(rows), "--base", str(shallow_base), "--json"]
     if torch.cuda.is_available():
         pytest.skip("this machine has one")
     assert main(arguments) == 0
