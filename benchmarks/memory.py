@@ -62,6 +62,7 @@ CASES: Mapping[str, Case] = {
     "rank-64": Case(adapter={"rank": 64}),
     "nf4": Case(quantization="nf4"),
     "checkpointing": Case(fields=CKPT),
+    "nf4-short": Case(Load(1, 48, padded=False), quantization="nf4"),
     "nf4-checkpointing": Case(quantization="nf4", fields=CKPT),
     "accumulation": Case(fields={"accumulation": 2}),
     "packing": Case(fields={"packing": True}),
@@ -147,13 +148,19 @@ def _allocated(found: Any) -> int:
     return peak
 
 
-def run(name: str, model: str | None, config: Any, rate: Ceilings) -> Row:
-    """Measure one case in a process of its own and predict it here."""
+def measure_alone(name: str, model: str | None) -> dict[str, Any]:
+    """What `measure` finds, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.memory", "--measure", name]
     done = subprocess.run(
         [*command, *(["--base", model] if model else [])], check=True, stdout=subprocess.PIPE, text=True
     )
-    measured = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def run(name: str, model: str | None, config: Any, rate: Ceilings) -> Row:
+    """Measure one case and predict it here."""
+    measured = measure_alone(name, model)
     case, peak = CASES[name], measured["peak_bytes"]
     machine = Machine(resolve_device("auto").type, case.quantization)
     footprint = predict(case.training(int(config.num_hidden_layers)), config, machine, case.load)
