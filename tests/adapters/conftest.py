@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from veneer.adapters.methods.base import Limits, Norm
 from veneer.adapters.program import EMBEDDING, Site
+from veneer.adapters.store import AdapterStore
 
 
 @dataclass(frozen=True)
@@ -131,3 +132,9 @@ def site_table() -> Callable[[nn.Module], SiteTable]:
 @pytest.fixture(scope="session")
 def base() -> SiteTable:
     return sites_of(tiny_llama())
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[AdapterStore]:
+    with AdapterStore(tmp_path / "store") as opened:
+        yield opened

@@ -18,41 +18,12 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateTable
+from tests.adapters.stored import LIMIT, leftovers, names, upload
 
-from veneer.adapters.names import CONFIG_FILE, WEIGHTS_FILE
-from veneer.adapters.schema import AdapterVersion, Base, served
+from veneer.adapters.names import WEIGHTS_FILE
+from veneer.adapters.schema import Base, served
 from veneer.adapters.store import AdapterStore
 from veneer.errors import Conflict, InvalidRequest, StorageFull
-
-LIMIT = 1 << 20
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[AdapterStore]:
-    with AdapterStore(tmp_path / "store") as opened:
-        yield opened
-
-
-def upload(
-    store: AdapterStore, name: str, weights: bytes, config: bytes = b"{}", **details: Any
-) -> AdapterVersion:
-    with store.reserve(name), store.stage() as staging:
-        staging.write(CONFIG_FILE, [config], LIMIT)
-        staging.write(WEIGHTS_FILE, [weights], LIMIT)
-        return store.commit(staging, name, details)
-
-
-def leftovers(store: AdapterStore) -> tuple[list[str], list[str]]:
-    """What lies in blobs/ and in staging/."""
-    blobs, staging = (
-        sorted(entry.name for entry in (store.root / folder).iterdir()) for folder in ("blobs", "staging")
-    )
-    return blobs, staging
-
-
-def names(store: AdapterStore) -> list[tuple[str, int]]:
-    return [(each.served_name, each.version) for each in store.list()]
-
 
 # ---- opening --------------------------------------------------------------------------------------
 

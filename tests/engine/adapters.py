@@ -10,6 +10,8 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+PAGE = 2 * 3 * 4 * 2 * 16 * 4  # bytes of `tiny_model`'s: K and V, layers, tokens, heads, head_dim, float32
+
 
 def digest_of(name: str) -> str:
     """What stands for the digest of the adapter of that name."""

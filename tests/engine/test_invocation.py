@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from peft.tuners.lora.variants import calculate_alora_offsets
-from tests.engine.adapters import Peft, check_against_peft, digest_of, load, save_random
+from tests.engine.adapters import PAGE, Peft, check_against_peft, digest_of, load, save_random
 
 from veneer.engine.graphs import DecodeGraphs, MixedGraphs, StepGraphs, head_segments_of, segments_of
 from veneer.engine.messages import CheckAdapter, SamplingParams
@@ -26,7 +26,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {"target_modules": "all-linear"},
 }
 TEXT = [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21]
-PAGE = 2 * 3 * 4 * 2 * 16 * 4  # bytes: K and V, layers, tokens, heads, head_dim, float32
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engine.adapters import save_lora
+from tests.engine.adapters import PAGE, save_lora
 
 from veneer.engine.graphs import LENGTHS, DecodeGraphs, Variant, _Captured, buckets_up_to
 from veneer.engine.messages import Cancel, Done, DropAdapter, SequenceOutput
 from veneer.kernels.tables import Segment
 
 ADAPTERS = [f"{rank:064x}" for rank in (2, 5, 16)]
-PAGE = 2 * 3 * 4 * 2 * 16 * 4  # bytes: K and V, layers, tokens, heads, head_dim, float32
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 import torch
 import triton.language  # noqa: F401  before the patch: only our own kernels are to be interpreted
 from peft import VeraConfig
-from tests.engine.adapters import load, save_lora, save_random
+from tests.engine.adapters import PAGE, load, save_lora, save_random
 
 from veneer.engine.graphs import MixedGraphs, Variant, _Captured
 from veneer.kernels.attention import PagedBatch, paged_attention_torch, paged_attention_triton
@@ -27,7 +27,6 @@ if not CUDA:  # a kernel is compiled or interpreted according to this when its m
 
 ADAPTERS = [f"{rank:064x}" for rank in (2, 5, 16)]
 KIN = [f"{seed:064x}" for seed in (100, 101, 102)]  # VeRAs that share their factors
-PAGE = 2 * 3 * 4 * 2 * 16 * 4  # bytes: K and V, layers, tokens, heads, head_dim, float32
 POISON = 1 << 30  # far out of every range
 
 

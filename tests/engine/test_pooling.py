@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.engine.adapters import digest_of
-from tests.engine.test_scores import CONFIGS, PAGE, Reference, prompts, stores
+from tests.engine.adapters import PAGE, digest_of
+from tests.engine.test_scores import CONFIGS, Reference, prompts, stores
 from torch.nn.functional import normalize
 
 __all__ = ["stores"]  # a fixture

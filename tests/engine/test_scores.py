@@ -17,7 +17,7 @@ from peft import (
     TrainableTokensConfig,
 )
 from peft.tuners.lora.variants import calculate_alora_offsets
-from tests.engine.adapters import Peft, digest_of, load, save_random
+from tests.engine.adapters import PAGE, Peft, digest_of, load, save_random
 
 from veneer.engine.messages import SamplingParams, TokenLogprobs
 from veneer.engine.scheduler import Scheduled
@@ -34,7 +34,6 @@ CONFIGS: dict[str, Callable[[], PeftConfig]] = {
         **TASK, r=4, lora_alpha=16, target_modules=["q_proj", "lm_head"], alora_invocation_tokens=[77]
     ),
 }
-PAGE = 2 * 3 * 4 * 2 * 16 * 4  # bytes: K and V, layers, tokens, heads, head_dim, float32
 LIKELIEST = 4
 
 

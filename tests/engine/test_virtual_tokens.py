@@ -17,7 +17,7 @@ from peft import (
     PromptEncoderConfig,
     PromptTuningConfig,
 )
-from tests.engine.adapters import Peft, check_against_peft, digest_of, load, save_random
+from tests.engine.adapters import PAGE, Peft, check_against_peft, digest_of, load, save_random
 
 from veneer.engine.graphs import Variant
 from veneer.engine.messages import CheckAdapter, DropAdapter
@@ -80,9 +80,6 @@ def test_every_kind_in_one_batch_is_pefts(
     check_against_peft(driver, peft, asks())
     check_against_peft(driver, peft, asks())  # with what is cached now
     assert driver.engine.pool.hit_tokens > 0
-
-
-PAGE = 2 * 3 * 4 * 2 * 16 * 4  # bytes: K and V, layers, tokens, heads, head_dim, float32
 
 
 @pytest.mark.parametrize(
