@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import IA3Config, PrefixTuningConfig
 from tests.engine.adapters import load, save_lora, save_random
 
@@ -163,3 +164,21 @@ def test_cancelled_in_the_middle(driver: Any) -> None:
     driver.engine.scheduler.cancel(gone)
     assert driver.run(kept) == [answer]
     assert driver.engine.pool.used == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_gpu_drafts_change_no_answer(
+    tiny_model: Callable[[str], Path],
+    stores: Callable[[str], Path],
+    make_engine: Callable[..., Any],
+    enforce_eager: bool,
+) -> None:
+    fields = {"store": str(stores("llama")), "device": "cuda", "page_size": 16, "max_loras": 5}
+    plain = make_engine(tiny_model("llama"), enforce_eager=True, lookahead=False, **fields)
+    answers = plain.run(*ask(plain, drafted=False))
+    driver = make_engine(tiny_model("llama"), enforce_eager=enforce_eager, **fields)
+    assert driver.run(*ask(driver, drafted=True, answers=answers)) == answers
+    assert driver.engine.accepted_draft_tokens > 0
+    assert enforce_eager or driver.engine.runner.mixed_graphs.replays > 0

@@ -211,7 +211,15 @@ def test_every_bucket_of_mixed_steps_is_replayed(
     eager = make_engine(tiny_model("llama"), enforce_eager=True, **fields)
     graphed = make_engine(tiny_model("llama"), cuda_graphs="all", **fields)
     mixed = graphed.engine.runner.mixed_graphs
-    for prompts, rows, replays in ((1, 100, 1), (2, 128, 1), (4, 128, 1), (8, 128, 1), (8, 129, 0)):
+    for prompts, rows, replays in (
+        (1, 9, 1),
+        (4, 16, 1),
+        (1, 100, 1),
+        (2, 128, 1),
+        (4, 128, 1),
+        (8, 128, 1),
+        (8, 129, 0),
+    ):
         asks: list[tuple[list[int], str | None]] = [
             ([3 + (i + j) % 120 for j in range(rows)], None) for i in range(prompts)
         ]
