@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     make = MakeServer(folder, write_model(folder / "model"))
     yield make("--context", "4096", adapters=("sql", "team/poet")).until_ready()
     make.stop()
+    gc.collect()  # what clients left open is told of here, where warnings are theirs
 
 
 @pytest.fixture(scope="session")

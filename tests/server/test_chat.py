@@ -181,6 +181,8 @@ def test_length_ends_the_answer(server: Server) -> None:
         answer = chat(server, **{name: 3})
         assert answer["choices"][0]["finish_reason"] == "length"
         assert answer["usage"]["completion_tokens"] == 3
+        (choice,) = chat(server, **{name: 0})["choices"]
+        assert (choice["message"]["content"], choice["finish_reason"]) == ("", "length")
     rest = chat(server, ignore_eos=True)
     assert rest["usage"]["total_tokens"] == 256  # the whole context
 
@@ -249,7 +251,7 @@ def test_null_means_absent(server: Server) -> None:
         ({"n": 0}, "n"),
         ({"n": 129}, "n"),
         ({"n": 10**30}, "n"),
-        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
         ({"min_tokens": 9, "max_tokens": 4}, "min_tokens"),

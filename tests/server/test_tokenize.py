@@ -15,6 +15,7 @@ from veneer.server.state import ServerConfig
 
 TEXT = "one two<|tool|>"
 MESSAGES = [{"role": "user", "content": "one two"}]
+TOOL = {"type": "function", "function": {"name": "add"}}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,6 +65,9 @@ def test_a_conversation_is_what_a_chat_would_send(server: Server) -> None:
         (MESSAGES, {}),
         (MESSAGES, {"add_generation_prompt": False}),
         (last, {"continue_final_message": True}),
+        (MESSAGES, {"tools": [TOOL]}),
+        (MESSAGES, {"tools": [TOOL], "tool_choice": "none"}),
+        (MESSAGES, {"tools": [TOOL], "tool_choice": "required"}),
         (MESSAGES, {"chat_template_kwargs": {"messages_are": "plain"}, "add_special_tokens": True}),
     ]
     for messages, fields in cases:
@@ -113,7 +117,9 @@ def test_an_adapters_config_is_shown_without_paths(make_server: MakeServer) -> N
         ("/tokenize", {"prompt": "one", "add_generation_prompt": True}, "add_generation_prompt"),
         ("/tokenize", {"prompt": "one", "messages": MESSAGES}, "prompt"),
         ("/tokenize", {"messages": []}, "messages"),
-        ("/tokenize", {"messages": MESSAGES, "tools": [{"type": "function"}]}, "tools"),
+        ("/tokenize", {"messages": MESSAGES, "tools": [{"type": "function"}]}, "tools[0].function"),
+        ("/tokenize", {"messages": MESSAGES, "tool_choice": "required"}, "tool_choice"),
+        ("/tokenize", {"prompt": "one", "tools": [TOOL]}, "tools"),
         ("/tokenize", {"messages": MESSAGES, "chat_template": "x"}, "chat_template"),
         (
             "/tokenize",

@@ -37,8 +37,7 @@ async def chat_completions(request: Request) -> Response:
 
 
 def prepare(state: ServerState, text: Text, body: ChatRequest) -> Prepared:
-    source = text.template.source if text.template else ""
-    tools = tools_of(body, source, state.config.tool_call_parser)
+    tools = tools_in(state, text, body)
     grammar = grammar_of(body, tools, text.tokenizer)
     prompt = render(state, text, body, tools)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -47,6 +46,11 @@ def prepare(state: ServerState, text: Text, body: ChatRequest) -> Prepared:
     said = body.prediction.text if body.prediction else ""
     prediction = text.tokenizer.encode(said, add_special_tokens=False)
     return Prepared([prompt], "messages", logprobs, answer, grammar, shown, prediction)
+
+
+def tools_in(state: ServerState, text: Text, body: Conversation) -> Tools | None:
+    """See `tools_of`."""
+    return tools_of(body, text.template.source if text.template else "", state.config.tool_call_parser)
 
 
 def render(state: ServerState, text: Text, body: Conversation, tools: Tools | None = None) -> list[int]:

@@ -16,7 +16,7 @@ from fastapi import APIRouter, Request
 
 from veneer.adapters.saved_blends import Served, digests_of
 from veneer.server.adapter_text import Text
-from veneer.server.chat import render
+from veneer.server.chat import render, tools_in
 from veneer.server.generation import check_tokens, select_adapter, vocabulary_of
 from veneer.server.state import ServerState, state_of
 from veneer.server.text import SPECIAL, read_json
@@ -84,7 +84,7 @@ async def _selected(state: ServerState, model: str | None) -> AsyncIterator[tupl
 
 def _encode(state: ServerState, text: Text, body: TokenizeText | TokenizeChat) -> list[int]:
     if isinstance(body, TokenizeChat):
-        return render(state, text, body)
+        return render(state, text, body, tools_in(state, text, body))
     return text.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
 
 

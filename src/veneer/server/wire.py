@@ -111,9 +111,12 @@ class GenerationRequest(ModelRequest):
 
 
 class Conversation(Strict):
-    """Messages, and how they become a prompt."""
+    """Messages and tools, and how they become a prompt."""
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    tools: Annotated[list[Tool], Field(max_length=128)] = []
+    tool_choice: ToolChoice | None = None  # auto when there are tools
+    parallel_tool_calls: bool = True
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False
@@ -121,12 +124,9 @@ class Conversation(Strict):
 
 
 class ChatRequest(GenerationRequest, Conversation):
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] = []
-    tool_choice: ToolChoice | None = None  # auto when there are tools
-    parallel_tool_calls: bool = True
     service_tier: Literal["auto", "default"] | None = None
     prediction: Prediction | None = None
 
@@ -388,8 +388,6 @@ def _check_together(body: Strict) -> None:
     if isinstance(body, ChatRequest):
         if body.top_logprobs is not None and not body.logprobs:
             raise InvalidRequest("top_logprobs is allowed only with logprobs: true.", param="top_logprobs")
-        if body.max_tokens == 0:
-            raise InvalidRequest("max_tokens must be at least 1 (got 0).", param="max_tokens")
         if None not in (body.max_completion_tokens, body.max_tokens) and (
             body.max_completion_tokens != body.max_tokens
         ):

@@ -1,4 +1,4 @@
-"""What a chat request says about tools: functions, the form of calls, the grammar that holds an answer to it."""
+"""What a conversation says about tools: functions, the form of calls, the grammar that holds an answer to it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from veneer.server.tool_calls.family import Family
 from veneer.server.tool_calls.grammar import calls_grammar
 from veneer.server.tool_calls.plain_json import JSON
 from veneer.server.tool_calls.registry import family_of, knows_tools
-from veneer.server.wire import ChatRequest
+from veneer.server.wire import ChatRequest, Conversation
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Tools:
     rendered: bool  # by the template itself
 
 
-def tools_of(body: ChatRequest, template: str, parser: str | None) -> Tools | None:
+def tools_of(body: Conversation, template: str, parser: str | None) -> Tools | None:
     """None when no call is wanted. `template` is its source, `parser` --tool-call-parser. Raises InvalidRequest."""
     _check(body)
     if not body.tools or body.tool_choice == "none":
@@ -64,13 +64,13 @@ def grammar_of(body: ChatRequest, tools: Tools | None, tokenizer: TextTokenizer)
     return Grammar(text, "tools" if answer is None else "response_format")
 
 
-def _is_held(body: ChatRequest) -> bool:
+def _is_held(body: Conversation) -> bool:
     """Whether a grammar must hold the calls to their form."""
     strict = any(tool.function.strict for tool in body.tools or [])
     return body.tool_choice not in (None, "auto") or strict or not body.parallel_tool_calls
 
 
-def _check(body: ChatRequest) -> None:
+def _check(body: Conversation) -> None:
     names = [tool.function.name for tool in body.tools or []]
     for name in names:
         if names.count(name) > 1:
