@@ -8,6 +8,7 @@
     ├── Forbidden             403
     ├── NotFound              404
     ├── Conflict              409  the state of the thing does not allow this now
+    │   └── MergeCancelled    409  somebody ended the merge
     ├── TooLarge              413
     ├── QueueFull             429  `retry_after` seconds
     ├── DeadlineExceeded      504
@@ -70,6 +71,13 @@ class Conflict(VeneerError):
     status = 409
     type = "invalid_request_error"
     code = "conflict"
+
+
+class MergeCancelled(Conflict):
+    code = "merge_cancelled"
+
+    def __init__(self) -> None:
+        super().__init__("The merge was cancelled; nothing of it is left.")
 
 
 class TooLarge(VeneerError):

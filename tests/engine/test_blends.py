@@ -12,11 +12,12 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, ShiraConfig
 from tests.engine.adapters import digest_of, load, prompt_of, save_random, told
 
-from veneer.adapters.merging import follow
+from veneer.adapters.merging import follow, merge_site
 from veneer.adapters.names import WEIGHTS_FILE
 from veneer.adapters.recipes import Part, digests_of, recipe
 from veneer.adapters.registry import lower
 from veneer.engine.messages import (
+    CancelMerge,
     CheckBlend,
     Done,
     DropAdapter,
@@ -347,6 +348,25 @@ def test_a_merge_that_fails_says_why_and_leaves_no_file(
     _, merged = merge(driver, key_of({"lora": 1.0, "dora": 1.0}), tmp_path)  # the thread goes on
     assert merged.error is None
     assert (tmp_path / WEIGHTS_FILE).is_file()
+
+
+def test_a_cancelled_merge_ends_at_its_next_site(
+    base: Path, store: Path, make_engine: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = make_engine(base, store=str(store))
+
+    def cancel_first(*arguments: Any) -> Any:
+        driver.engine.handle(CancelMerge("m"))
+        return merge_site(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("veneer.adapters.merge.merge_site", cancel_first)
+        seen, merged = merge(driver, key_of({"lora": 1.0, "dora": 1.0}), tmp_path)
+    assert merged.error is not None
+    assert (merged.error.status, merged.error.code) == (409, "merge_cancelled")
+    assert [each.done for each in seen] == [0]
+    assert list(tmp_path.iterdir()) == []
+    assert merge(driver, key_of({"lora": 1.0, "dora": 1.0}), tmp_path)[1].error is None
 
 
 def test_closing_ends_a_merge_at_its_next_site(

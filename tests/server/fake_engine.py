@@ -37,6 +37,7 @@ from veneer.engine.messages import (
     AdapterInfo,
     AdapterStats,
     Cancel,
+    CancelMerge,
     CheckAdapter,
     CheckBlend,
     Done,
@@ -271,6 +272,9 @@ class FakeEngine:
                 self.send(self.blended(message))
             case MergeAdapters():
                 self.merge(message)
+            case CancelMerge():
+                error = WireError(409, "merge_cancelled", "cancelled in the toy")
+                self.send(Merged(call=message.call, error=error))
             case DropAdapter():
                 self.adapters.discard(message.digest)
                 self.send(Done(call=message.call))
@@ -315,7 +319,7 @@ class FakeEngine:
         return AdapterChecked(call=message.call, info=info)
 
     def merge(self, message: MergeAdapters) -> None:
-        """The first part's config; `merge_dies` ends the process, `merge_refuse` refuses."""
+        """The first part's config: `merge_dies` ends the process, `merge_waits` to be cancelled, `merge_refuse`."""
         recipe = parse(message.key)
         assert recipe is not None
         blob = Path(self.config.store) / "blobs" / recipe.parts[0].key
@@ -325,6 +329,8 @@ class FakeEngine:
         if config.get("merge_dies"):
             (Path(message.folder) / "half").write_text("written")
             os._exit(9)
+        if config.get("merge_waits"):
+            return
         if why := config.get("merge_refuse"):
             self.send(Merged(call=message.call, error=WireError(400, "adapter_refused", why)))
             return

@@ -19,6 +19,7 @@ KEY, OTHER_KEY, ADMIN = "sk-plain-1", "sk-plain-2", "sk-admin"
 CHANGES = {
     ("POST", "/v1/adapters"),
     ("POST", "/v1/adapters/merge"),
+    ("POST", "/v1/adapters/merge/{merge_id}/cancel"),
     ("DELETE", "/v1/adapters/{name:path}"),
     ("POST", "/v1/adapters/{name:path}/pin"),
     ("POST", "/v1/adapters/{name:path}/unpin"),

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from tests.server.adapters import error, files, left_behind, made
 from tests.server.conftest import MakeServer, Server
 
 from veneer.adapters.recipes import Part, recipe
+from veneer.server import merge_api
 from veneer.server.cli import main
 
 
@@ -186,6 +190,48 @@ def test_a_merge_keeps_its_adapters_and_is_finished_whoever_leaves(make_server: 
     server.until(lambda: any(each.name == "both" for each in server.state.store.list()))
 
 
+def test_a_merge_is_cancelled_in_the_engine_and_before_its_turn(server: Server) -> None:
+    made(server, "slow", b"slow", merge_waits=True)
+
+    def begin(stack: ExitStack, *adapters: Any) -> httpx.Response:
+        body = {"name": "both", "adapters": list(adapters), "stream": True}
+        return stack.enter_context(server.http.stream("POST", "/v1/adapters/merge", json=body))
+
+    def cancelled(merge: httpx.Response) -> bool:
+        id = merge.headers["x-veneer-merge"]
+        reply = server.post(f"/v1/adapters/merge/{id}/cancel", b"")
+        assert reply.json() == {"id": id, "object": "adapter.merge", "status": "cancelled"}
+        assert error(server.post(f"/v1/adapters/merge/{id}/cancel", b""), 404, "not_found")
+        return '"code":"merge_cancelled"' in merge.read().decode()
+
+    with ExitStack() as stack:
+        first = begin(stack, {"id": "slow", "weight": 0.5})
+        server.until(lambda: server.received("MergeAdapters"))
+        assert cancelled(begin(stack, A, B))
+        assert cancelled(first)
+    assert len(server.received("MergeAdapters")) == len(server.received("CancelMerge")) == 1
+    assert left_behind(server) == []
+    assert server.state.in_flight.total() == 0
+    assert merge(server, A, B).status_code == 201
+
+
+def test_a_merge_that_is_done_cannot_be_cancelled(server: Server, tmp_path: Path) -> None:
+    """Its result is being checked."""
+    go = tmp_path / "go"
+    go.touch()
+    made(server, "a", b"newer", wait_for=str(go))
+    go.unlink()
+    body = {"name": "both", "adapters": [{"id": "a"}], "stream": True}
+    with server.http.stream("POST", "/v1/adapters/merge", json=body) as reply, ThreadPoolExecutor(1) as pool:
+        id = reply.headers["x-veneer-merge"]
+        server.until(lambda: merge_api._merges[id][0].has_turn)
+        cancel = pool.submit(server.post, f"/v1/adapters/merge/{id}/cancel", b"")
+        server.until(lambda: merge_api._merges[id][0].cancelled)
+        go.touch()
+        assert error(cancel.result(), 409, "conflict")
+    assert server.state.store.resolve("both").version == 1
+
+
 # ---- command line ---------------------------------------------------------------------------------
 
 
@@ -206,6 +252,19 @@ def test_the_command_line_merges_and_exports(
     assert main(["adapters", "export", "both", "--output", str(output), "--url", server.url]) == 1
     assert "exists and is not overwritten" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")] == []
+
+
+def test_the_command_line_cancels_when_interrupted(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(server, "slow", b"slow", merge_waits=True)
+
+    def interrupted(*_: Any) -> None:
+        server.until(lambda: server.received("MergeAdapters"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("veneer.server.merge_cli._follow", interrupted)
+    assert main(["merge", "slow=0.5", "--name", "both", "--url", server.url]) == 130
+    assert server.received("CancelMerge")
+    assert server.state.in_flight.total() == 0
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from veneer.engine.messages import (
     AdapterChecked,
     AdapterInfo,
     Cancel,
+    CancelMerge,
     CheckAdapter,
     CheckBlend,
     Done,
@@ -287,20 +288,24 @@ class EngineClient:
         return reply.info
 
     async def merge_adapters(
-        self, key: str, folder: str, *, keep_rows: bool, progress: Callable[[int, int], None]
+        self, id: str, key: str, folder: str, *, keep_rows: bool, progress: Callable[[int, int], None]
     ) -> Merged:
         """Write what a recipe makes of stored adapters into a folder. `progress` gets sites done, and of how many.
 
-        Raises InvalidRequest, or EngineUnavailable when the engine dies meanwhile.
+        Raises InvalidRequest, Conflict when `cancel_merge` ends it, or EngineUnavailable when the engine dies.
         """
-        call = self._call_id()
-        self._progress[call] = progress
+        self._progress[id] = progress
         try:
-            reply = await self._call(MergeAdapters(call, key, folder, keep_rows))
+            reply = await self._call(MergeAdapters(id, key, folder, keep_rows))
         finally:
-            del self._progress[call]
+            del self._progress[id]
         assert isinstance(reply, Merged)
         return reply
+
+    def cancel_merge(self, id: str) -> None:
+        """End a merge at its next site; one that is over stays as it is."""
+        if id in self._progress:
+            self._send(CancelMerge(id))
 
     async def drop_adapter(self, digest: str) -> None:
         """Forget the adapter with all its tasks; returns once no sequence uses it."""

@@ -163,6 +163,8 @@ class Engine:
                     self._blends[call] = self.residency.inspect(key)
                 case messages.MergeAdapters():
                     self._merger.submit(request)
+                case messages.CancelMerge(call=call):
+                    self._merger.cancel(call)
                 case messages.DropAdapter(call=call, digest=digest):
                     self.pool.forget(digest)
                     self._drops[call] = [self.residency.drop(key) for key in self.residency.keys(digest)]

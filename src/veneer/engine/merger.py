@@ -18,7 +18,7 @@ from veneer.adapters.program import Program
 from veneer.adapters.recipes import Part, Recipe, parse
 from veneer.adapters.registry import lower
 from veneer.engine.messages import MergeAdapters, Merged, MergeProgress, WireError
-from veneer.errors import InvalidRequest, VeneerError
+from veneer.errors import MergeCancelled, VeneerError
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +31,16 @@ class Merger:
     def __init__(self, base: Base, blobs: Path, max_rank: int, wake: Callable[[], None]) -> None:
         self._base, self._blobs, self._max_rank, self._wake = base, blobs, max_rank, wake
         self._reports: SimpleQueue[MergeProgress | Merged] = SimpleQueue()
-        self._closed = False
+        self._wanted: set[str] = set()  # calls that are not answered, closed or cancelled
         self._threads = ThreadPoolExecutor(1, "adapter-merge")
 
     def submit(self, request: MergeAdapters) -> None:
+        self._wanted.add(request.call)
         self._threads.submit(self._answer, request)
+
+    def cancel(self, call: str) -> None:
+        """End a merge at its next site."""
+        self._wanted.discard(call)
 
     def reports(self) -> list[MergeProgress | Merged]:
         """What there is to report since the last call."""
@@ -48,7 +53,7 @@ class Merger:
 
     def close(self) -> None:
         """End what is under way at its next site; merges that did not begin are not done."""
-        self._closed = True
+        self._wanted.clear()
         self._threads.shutdown(cancel_futures=True)
 
     # ---- on the merge's thread --------------------------------------------------------------------
@@ -66,6 +71,8 @@ class Merger:
             self._report(_failed(request, WireError(500, VeneerError.code, message)))
         else:
             self._report(report)
+        finally:
+            self._wanted.discard(request.call)
 
     def _merge(self, request: MergeAdapters) -> Merged:
         recipe = parse(request.key) or Recipe((Part(request.key, 1.0),))
@@ -73,8 +80,8 @@ class Merger:
 
         def progress(done: int, total: int) -> None:
             nonlocal last
-            if self._closed:
-                raise InvalidRequest("the engine ended before the merge was done")
+            if request.call not in self._wanted:
+                raise MergeCancelled
             if done == total or time.monotonic() - last >= INTERVAL:
                 last = time.monotonic()
                 self._report(MergeProgress(call=request.call, done=done, total=total))

@@ -96,6 +96,12 @@ class MergeAdapters(msgspec.Struct, frozen=True, tag=True):
     keep_rows: bool = False  # of products: without it, directions that are noise are left out
 
 
+class CancelMerge(msgspec.Struct, frozen=True, tag=True):
+    """End a merge at its next site; its `Merged` says so, unless it was done before. Not answered by itself."""
+
+    call: str
+
+
 class DropAdapter(msgspec.Struct, frozen=True, tag=True):
     """Forget an adapter with all its tasks on host and device once no sequence uses it. Answered by `Done`."""
 
@@ -143,6 +149,7 @@ Request = (
     | CheckAdapter
     | CheckBlend
     | MergeAdapters
+    | CancelMerge
     | DropAdapter
     | PinAdapter
     | StartJob

@@ -3,14 +3,17 @@
     {"name": "both", "adapters": [{"id": "a", "weight": 0.7}, {"id": "b"}], "method": "ties_svd", "density": 0.2}
 
 The engine does it beside its steps, and one merge at a time. A merge that was begun is finished, whoever leaves.
-With `"stream": true` the answer is server-sent events: progress, then the adapter or an error, then [DONE].
+With `"stream": true` the answer is server-sent events: progress, then the adapter or an error, then [DONE]; its
+header `x-veneer-merge` has the id with which `POST /v1/adapters/merge/ID/cancel` ends it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import AsyncGenerator, Callable
+import uuid
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
@@ -23,7 +26,8 @@ from veneer.adapters.recipes import DRAWS, ELECTS, SEED_LIMIT, recipe
 from veneer.adapters.saved_blends import Blend, digests_of
 from veneer.adapters.schema import AdapterVersion
 from veneer.adapters.staging import Staging
-from veneer.errors import InvalidRequest, VeneerError
+from veneer.engine.messages import Merged
+from veneer.errors import Conflict, InvalidRequest, MergeCancelled, NotFound, VeneerError
 from veneer.server.adapters_api import adapter_object, require_engine
 from veneer.server.blend_wire import Density, Rank, Strict, WeightedAdapters, ingredient
 from veneer.server.errors import INTERNAL, error_body
@@ -33,9 +37,6 @@ from veneer.server.state import ServerState, state_of
 router = APIRouter()
 ROUTE = "/v1/adapters/merge"
 SVD = "_svd"
-
-Progress = Callable[[int, int], None]  # sites done, and of how many
-_merges: set[asyncio.Task[AdapterVersion]] = set()  # asyncio keeps only weak references to tasks
 
 
 class MergeBody(Strict):
@@ -71,21 +72,51 @@ class Plan(NamedTuple):
     keep_rows: bool
 
 
+@dataclass
+class Merge:
+    """A merge that waits for its turn or is under way."""
+
+    id: str = field(default_factory=lambda: f"merge-{uuid.uuid4().hex}")
+    news: asyncio.Queue[tuple[int, int]] = field(default_factory=asyncio.Queue)  # sites done, of how many
+    has_turn: bool = False
+    cancelled: bool = False
+
+
+_merges: dict[str, tuple[Merge, asyncio.Task[AdapterVersion]]] = {}
+
+
 @router.post(ROUTE)
 async def merge_adapters(request: Request, body: MergeBody) -> Response:
     """201 with the adapter; 200 when the name's current version has this very content already."""
     state = state_of(request)
     require_engine(state)
     plan = make_plan(state, body)
-    news: asyncio.Queue[tuple[int, int]] = asyncio.Queue()
-    task = asyncio.create_task(_merge(state, body, plan, lambda *each: news.put_nowait(each)))
-    _merges.add(task)
-    task.add_done_callback(_merges.discard)
+    merge = Merge()
+    task = asyncio.create_task(_merge(state, body, plan, merge))
+    _merges[merge.id] = merge, task
+    task.add_done_callback(lambda _: _merges.pop(merge.id))
     if body.stream:
-        return StreamingResponse(_events(state, task, news), media_type="text/event-stream")
+        events = _events(state, task, merge.news)
+        return StreamingResponse(events, headers={"x-veneer-merge": merge.id}, media_type="text/event-stream")
     record = await asyncio.shield(task)
     content = msgspec.json.encode(adapter_object(state, record))
     return Response(content, 201 if record.created else 200, media_type="application/json")
+
+
+@router.post(ROUTE + "/{merge_id}/cancel")
+async def cancel_merge(request: Request, merge_id: str) -> dict[str, Any]:
+    """End a merge before its turn or at its next layer. Its own answer is 409 `merge_cancelled` then."""
+    if merge_id not in _merges:
+        raise NotFound(f"No merge {merge_id[:100]!r} is under way; it may be over.", param="merge_id")
+    merge, task = _merges[merge_id]
+    merge.cancelled = True
+    if not merge.has_turn:
+        task.cancel()
+    state_of(request).engine.cancel_merge(merge.id)
+    await asyncio.wait({task})
+    if not isinstance(error := task.exception(), VeneerError) or error.code != MergeCancelled.code:
+        raise Conflict(f"The merge {merge_id!r} ended before it could be cancelled.")
+    return {"id": merge.id, "object": "adapter.merge", "status": "cancelled"}
 
 
 def make_plan(state: ServerState, body: MergeBody) -> Plan:
@@ -126,30 +157,48 @@ def make_plan(state: ServerState, body: MergeBody) -> Plan:
     return Plan(Blend(made, tuple(each for each in ingredients if each.part.key in left)), keep_rows)
 
 
-async def _merge(state: ServerState, body: MergeBody, plan: Plan, progress: Progress) -> AdapterVersion:
-    """Hold the adapters, have them merged, publish what comes out."""
+async def _merge(state: ServerState, body: MergeBody, plan: Plan, merge: Merge) -> AdapterVersion:
+    """Hold the adapters, wait for the turn, have them merged, publish what comes out."""
+    with state.in_flight.hold(*digests_of(plan.blend)):
+        try:
+            await state.texts.of(plan.blend)  # they must be read alike
+            async with state.merging:
+                merge.has_turn = True
+                return await _publish(state, body, plan, merge)
+        except asyncio.CancelledError:
+            if merge.cancelled:
+                raise MergeCancelled from None
+            raise
+
+
+async def _publish(state: ServerState, body: MergeBody, plan: Plan, merge: Merge) -> AdapterVersion:
     blend = plan.blend
-    with state.in_flight.hold(*digests_of(blend)):
-        await state.texts.of(blend)  # they must be read alike
-        async with state.merging:
-            found: dict[str, Any] = {"recipe": _described(body, blend)}
-            loop = asyncio.get_running_loop()
+    found: dict[str, Any] = {"recipe": _described(body, blend)}
+    loop = asyncio.get_running_loop()
 
-            def fill(staging: Staging) -> None:
-                """In a thread."""
-                if blend.recipe.is_plain and not blend.ingredients[0].task:
-                    _copy(state, blend.adapters[0], staging, [*FILES, *TEXT_FILES])
-                    found["distance"] = 0.0
-                    return
-                _copy(state, blend.adapters[0], staging, list(TEXT_FILES))
-                assert blend.key is not None
-                merging = state.engine.merge_adapters(
-                    blend.key, str(staging.path), keep_rows=plan.keep_rows, progress=progress
-                )
-                merged = asyncio.run_coroutine_threadsafe(merging, loop).result()
-                found["distance"], found["warnings"] = merged.distance, merged.warnings
+    async def merged(folder: str) -> Merged:
+        if merge.cancelled:
+            raise MergeCancelled
+        assert blend.key is not None
+        return await state.engine.merge_adapters(
+            merge.id,
+            blend.key,
+            folder,
+            keep_rows=plan.keep_rows,
+            progress=lambda *each: merge.news.put_nowait(each),
+        )
 
-            return await publish(state, body.name, fill, allow_ineffective=body.allow_ineffective, more=found)
+    def fill(staging: Staging) -> None:
+        """In a thread."""
+        if blend.recipe.is_plain and not blend.ingredients[0].task:
+            _copy(state, blend.adapters[0], staging, [*FILES, *TEXT_FILES])
+            found["distance"] = 0.0
+            return
+        _copy(state, blend.adapters[0], staging, list(TEXT_FILES))
+        made = asyncio.run_coroutine_threadsafe(merged(str(staging.path)), loop).result()
+        found["distance"], found["warnings"] = made.distance, made.warnings
+
+    return await publish(state, body.name, fill, allow_ineffective=body.allow_ineffective, more=found)
 
 
 def _copy(state: ServerState, adapter: AdapterVersion, staging: Staging, names: list[str]) -> None:

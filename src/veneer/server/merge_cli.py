@@ -52,7 +52,11 @@ def _merge(arguments: argparse.Namespace, body: dict[str, Any]) -> dict[str, Any
             if not response.is_success:
                 response.read()
                 answer_of(response)
-            return _follow(response)
+            try:
+                return _follow(response)
+            except KeyboardInterrupt:
+                client.post(f"/v1/adapters/merge/{response.headers['x-veneer-merge']}/cancel")
+                raise
     except httpx.TransportError as error:
         raise VeneerError(
             f"No answer from {arguments.url}: {error}. Is `veneer serve` running there?"
