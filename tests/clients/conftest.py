@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tests.server.conftest import MakeServer, Server, write_model
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before its library is imported
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # no look at the network
 os.environ.setdefault("LLM_LOAD_PLUGINS", "")  # of llm, just what it comes with
 os.environ.setdefault("OPENAI_AGENTS_DISABLE_TRACING", "1")

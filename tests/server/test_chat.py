@@ -176,6 +176,16 @@ def test_stop_token_ids_end_without_their_text(server: Server) -> None:
     assert shown["choices"][0]["message"]["content"].startswith("user\nhello ")
 
 
+def test_usage_comes_with_each_chunk_when_wanted(server: Server) -> None:
+    asked = body(max_tokens=3, stream=True, stream_options={"continuous_usage_stats": True})
+    text = server.post("/v1/chat/completions", asked).text
+    events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    counts = [event["usage"]["completion_tokens"] for event in events]
+    assert counts == sorted(counts)
+    assert counts[-1] == 3
+    assert all(event["choices"] for event in events)  # and no chunk for usage alone
+
+
 def test_length_ends_the_answer(server: Server) -> None:
     for name in ("max_tokens", "max_completion_tokens"):
         answer = chat(server, **{name: 3})

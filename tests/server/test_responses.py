@@ -34,6 +34,18 @@ def test_an_answer_is_that_of_the_chat(server: Server) -> None:
     assert [found[name] for name in same] == ["seven", 0, 20, {"team": "a"}, "me", 0.5, BASE]
 
 
+def test_the_tokens_of_a_prompt_are_counted(server: Server) -> None:
+    first = create(server, temperature=0, max_output_tokens=4)
+    count = server.openai.responses.input_tokens.count
+    told: list[dict[str, Any]] = [{"instructions": "seven"}, {"previous_response_id": first["id"]}]
+    for fields in told:
+        asked: Any = {"model": BASE, "input": [USER], **fields}
+        found = count(**asked).input_tokens
+        assert found == create(server, **asked)["usage"]["input_tokens"] > 0
+    reply = server.post(f"{ROUTE}/input_tokens", {"model": "nobody", "input": "one"})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (404, "model_not_found")
+
+
 def test_a_whole_answer_is_completed(server: Server) -> None:
     found = create(server)
     assert (found["status"], found["error"], found["incomplete_details"]) == ("completed", None, None)

@@ -19,12 +19,17 @@ from veneer.server.tool_calls.llama3 import LLAMA3
 from veneer.server.tool_calls.message import Message
 from veneer.server.tool_calls.mistral import MISTRAL, MISTRAL_NAMED
 from veneer.server.tool_calls.plain_json import JSON
+from veneer.server.tool_calls.pythonic import PYTHONIC
+from veneer.server.tool_calls.qwen3_coder import QWEN3_CODER
 from veneer.server.tool_calls.reader import CallArguments, CallStart, Reader, Words
 from veneer.server.tool_calls.registry import family_of
 from veneer.server.tool_calls.request import grammar_of, tools_of
 from veneer.server.wire import ChatRequest, check_body
 
-OFFERED = ("get_weather", "add")
+OFFERED: dict[str, Any] = {
+    "get_weather": {"properties": {"city": {"type": "string"}, "days": {"type": "array"}}},
+    "add": {"properties": {"a": {"type": ["string", "null"]}, "b": {"type": "object"}}},
+}
 FAMILIES = (HERMES, LLAMA3, MISTRAL, MISTRAL_NAMED, JSON)
 WEATHER = '{"city": "Paris", "days": [1, 2]}'
 
@@ -54,7 +59,7 @@ def written(family: Any, *calls: tuple[str, str]) -> str:
 ONE = [("get_weather", WEATHER)]
 TWO = [*ONE, ("add", '{"a": "}\\"{", "b": {"c": {}}}')]
 ADDED = [("add", "{}"), ("add", '{"a": 1}')]
-CASES: list[tuple[Any, str, str, list[tuple[str, str]]]] = [
+CASES: list[tuple[Any, str, str | None, list[tuple[str, str]] | None]] = [
     *((family, written(family, *calls), "", calls) for family in FAMILIES for calls in (ONE, TWO)),
     *((family, "Just words, {} and all.\n", "Just words, {} and all.\n", []) for family in FAMILIES),
     *((family, f"Look: {written(family, *TWO)}", "Look:", TWO) for family in FAMILIES if family.begin),
@@ -68,22 +73,22 @@ CASES: list[tuple[Any, str, str, list[tuple[str, str]]]] = [
         [("add", '{"a": 1}')],
     ),
     (HERMES, '<tool_call>{"name": "add", "arguments": {"a": [', "", [("add", '{"a": [')]),
-    (HERMES, '<tool_call>{"name": "other", "arguments": {}}</tool_call>', *2 * (None,)),  # type: ignore[list-item]
-    (HERMES, "a <tool_call>no JSON</tool_call> b", *2 * (None,)),  # type: ignore[list-item]
-    (HERMES, "a < b <tool", *2 * (None,)),  # type: ignore[list-item]
+    (HERMES, '<tool_call>{"name": "other", "arguments": {}}</tool_call>', None, None),
+    (HERMES, "a <tool_call>no JSON</tool_call> b", None, None),
+    (HERMES, "a < b <tool", None, None),
     (LLAMA3, f'<|python_tag|>{{"name": "get_weather", "parameters": {WEATHER}}}', "", ONE),
     (LLAMA3, '{"name": "add", "parameters": {}} and words', "and words", [("add", "{}")]),
-    (LLAMA3, '{"a": {"name": "add"}}', *2 * (None,)),  # type: ignore[list-item]
+    (LLAMA3, '{"a": {"name": "add"}}', None, None),
     (
         JSON,
         '[{"name": "add", "arguments": {}}, {"name": "add", "arguments": {"a": 1}}]',
         "",
         [("add", "{}"), ("add", '{"a": 1}')],
     ),
-    (JSON, "[1, 2]", *2 * (None,)),  # type: ignore[list-item]
-    (JSON, '{"name": "nobody", "arguments": {}}', *2 * (None,)),  # type: ignore[list-item]
+    (JSON, "[1, 2]", None, None),
+    (JSON, '{"name": "nobody", "arguments": {}}', None, None),
     (MISTRAL, f"[TOOL_CALLS]get_weather{WEATHER}[TOOL_CALLS]add[ARGS]{{}}", "", [*ONE, ("add", "{}")]),
-    (MISTRAL, "[TOOL_CALLS]nobody{}", *2 * (None,)),  # type: ignore[list-item]
+    (MISTRAL, "[TOOL_CALLS]nobody{}", None, None),
     (
         FUNCTION_GEMMA,
         '<start_function_call>call:get_weather{city:<escape>Paris, "x"<escape>,days:[1,-2.5e3],ok:true,n:{k:null}}'
@@ -94,7 +99,48 @@ CASES: list[tuple[Any, str, str, list[tuple[str, str]]]] = [
             ("add", "{}"),
         ],
     ),
-    (FUNCTION_GEMMA, "<start_function_call>call:add{a:[}<end_function_call>", *2 * (None,)),  # type: ignore[list-item]
+    (FUNCTION_GEMMA, "<start_function_call>call:add{a:[}<end_function_call>", None, None),
+    (
+        QWEN3_CODER,
+        "Look:\n<tool_call>\n<function=get_weather>\n<parameter=city>\n007\n</parameter>\n<parameter=days>\n"
+        "[1, 2]\n</parameter>\n<parameter=more>\nTrue\n</parameter>\n</function>\n</tool_call>\n<tool_call>\n"
+        "<function=add>\n<parameter=a>\nnull\n</parameter>\n<parameter=b>\n{x\ny\n</parameter>\n</function>\n</tool_call>",
+        "Look:",
+        [
+            ("get_weather", '{"city": "007", "days": [1, 2], "more": true}'),
+            ("add", '{"a": null, "b": "{x\\ny"}'),
+        ],
+    ),
+    (QWEN3_CODER, "<tool_call><function=add></function></tool_call> bye", " bye", [("add", "{}")]),
+    *(
+        (QWEN3_CODER, f"<tool_call>{text}</tool_call>", None, None)
+        for text in ("<function=nobody></function>", "<function=add>words</function>", '{"name": "add"}')
+    ),
+    (
+        PYTHONIC,
+        '[get_weather(city="Paris (x)]", days=[1, -2.5]), add(a=null, b={"c": (True, None)})]',
+        "",
+        [
+            ("get_weather", '{"city": "Paris (x)]", "days": [1, -2.5]}'),
+            ("add", '{"a": null, "b": {"c": [true, null]}}'),
+        ],
+    ),
+    (PYTHONIC, "<|python_start|>[add()]<|python_end|>", "", [("add", "{}")]),
+    *(
+        (PYTHONIC, text, None, None)
+        for text in (
+            "[1] is a source (see there)",
+            "add(a=1)",
+            "[add(1)]",
+            "[add(**{})]",
+            "[add(a=1e999)]",
+            "[add(a=b)]",
+            "[add(a=1",
+            "[nobody(a=1)]",
+            "[add(a=1), nobody()]",
+            "[add(a=" + "(" * 500,
+        )
+    ),
 ]
 
 
@@ -152,6 +198,10 @@ def test_mistral_takes_ids_of_nine_letters() -> None:
         ("{{ tools }} <|python_tag|>", None, LLAMA3),
         ('{{ tools }} {"name": ..., "parameters": ...}', None, LLAMA3),
         ("{{ tools }} <start_function_call>", None, FUNCTION_GEMMA),
+        ("{{ tools }} <tool_call>\n<function=name>", None, QWEN3_CODER),
+        ("{{ tools }} <|python_start|>", None, PYTHONIC),
+        ("{{ tools }}", "pythonic", PYTHONIC),
+        ("no such word", "pythonic", JSON),
         ("{{ tools }}", None, JSON),
         ("nothing of <tool_call>s", None, JSON),
         ("{{ tools }} <tool_call>", "mistral", MISTRAL),

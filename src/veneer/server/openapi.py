@@ -29,6 +29,7 @@ _BODIES: Final[dict[str, tuple[type[BaseModel], ...]]] = {
     "/v1/chat/completions": (ChatRequest,),
     "/v1/completions": (CompletionRequest,),
     "/v1/responses": (ResponseRequest,),
+    "/v1/responses/input_tokens": (ResponseRequest,),
     "/v1/embeddings": (EmbeddingRequest,),
     "/tokenize": (TokenizeText, TokenizeChat),
     "/detokenize": (Detokenize,),

@@ -66,6 +66,21 @@ async def create_response(request: Request) -> Response:
         return Response(status_code=499)
 
 
+@router.post(f"{ROUTE}/input_tokens")
+async def count_input_tokens(request: Request) -> Response:
+    """How many tokens the prompt of this response would have."""
+    state = state_of(request)
+    data = await read_object(request, state.config.max_body_bytes)
+    body, passed = read_request(data, state.metrics.unknown_field)
+    items = await asyncio.to_thread(_conversation, state, body)
+    exchange = _ResponseExchange(state, body, passed, items, time.monotonic())
+    try:
+        count = await exchange.prompt_tokens()
+    except InvalidRequest as error:
+        raise renamed(error) from None
+    return _json({"object": "response.input_tokens", "input_tokens": count})
+
+
 @router.get(f"{ROUTE}/{{response_id}}")
 async def get_response(
     request: Request, response_id: str, stream: bool = False, starting_after: int | None = None

@@ -28,7 +28,7 @@ from veneer.server.errors import INTERNAL, error_body
 from veneer.server.generation import Delta, Run, Usage, chosen_model, select_adapter
 from veneer.server.state import ServerState, state_of
 from veneer.server.structured import Grammar
-from veneer.server.wire import GenerationRequest, read_body
+from veneer.server.wire import GenerationRequest, StreamOptions, read_body
 
 log = logging.getLogger(__name__)
 
@@ -121,14 +121,23 @@ class Exchange(Generic[Body]):
         # Long prompts take long to write down with what is told of each token.
         return encode() if self._body.prompt_scores is None else await asyncio.to_thread(encode)
 
+    async def prompt_tokens(self) -> int:
+        """How many tokens the prompts have; nothing is generated."""
+        state, body = self._state, self._body
+        adapter = select_adapter(state, chosen_model(state, body.model, body.lora_path), body.mixture)
+        with state.in_flight.hold(*digests_of(adapter)):
+            ready = await self._ready(await state.texts.of(adapter))
+        return sum(map(len, ready.prompts))
+
     async def events(self) -> AsyncGenerator[bytes]:
-        options = self._body.stream_options
-        with_usage = options is not None and options.include_usage
+        options = self._body.stream_options or StreamOptions()
         async with aclosing(self._deltas()) as deltas:
             async for delta in deltas:
+                so_far = self._usage.wire() if options.continuous_usage_stats else None
+                usage = {"usage": so_far} if so_far or options.include_usage else {}
                 for chunk in self._format.chunks(delta):
-                    yield _event(chunk | {"usage": None} if with_usage else chunk)
-        if with_usage:
+                    yield _event(chunk | usage)
+        if options.include_usage:
             yield _event(self._format.usage_chunk(self._usage))
 
     def failed(self, error: VeneerError) -> bytes:

@@ -46,7 +46,8 @@ class Strict(BaseModel):
 
 
 class StreamOptions(Strict):
-    include_usage: bool = False
+    include_usage: bool = False  # in a chunk of its own at the end
+    continuous_usage_stats: bool = False  # vLLM's: so far, in each chunk
 
 
 class ModelRequest(Strict):
@@ -256,6 +257,8 @@ NOT_HONOURED: Final[dict[str, NotHonoured]] = {
     "guided_grammar": NotHonoured(only(), _GUIDED),
     "guided_decoding_backend": NotHonoured(only(), "there is one way; leave it out"),
     "guided_whitespace_pattern": NotHonoured(only(), _GUIDED),
+    "regex": NotHonoured(only(), "use structured_outputs"),  # SGLang's, as the next
+    "ebnf": NotHonoured(only(), "use structured_outputs with a grammar"),
     "structural_tag": NotHonoured(only(), "use tools, or structured_outputs with a grammar"),
     "priority": NotHonoured(only(0), "requests are served first come, first served"),
     "request_id": NotHonoured(only(), "the server names requests itself; the reply's id says how"),
@@ -278,7 +281,6 @@ NOT_HONOURED: Final[dict[str, NotHonoured]] = {
     "logits_processors": NotHonoured(empty, _LATER),
     # in stream_options
     "stream_options.include_obfuscation": NotHonoured(only(False), "chunks are sent as they are"),
-    "stream_options.continuous_usage_stats": NotHonoured(only(False), "usage comes with the last chunk"),
 }
 # Fields of one route that the other does not have.
 CHAT_ONLY = set(ChatRequest.model_fields) - set(CompletionRequest.model_fields)

@@ -5,13 +5,18 @@ The text of an answer with calls is
     opening  before(name) ARGUMENTS after  (between  before(name) ARGUMENTS after)…  closing
 
 with ARGUMENTS as JSON. reader.py reads it, and what models write nearly like it; grammar.py makes a grammar of it.
+Families with another notation bring a function that reads it; a grammar for their calls is the generic form's.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+Offered = Mapping[str, dict[str, Any] | None]  # functions by name, with their parameters' schema
+Calls = list[tuple[str, str]]  # names, and arguments as JSON
 
 
 def openai_id() -> str:
@@ -31,7 +36,9 @@ class Family:
     skipped: tuple[str, ...] = ()  # that may stand around calls and mean nothing
     specials: tuple[str, ...] = ()  # of the above, those that may be special tokens
     takes_names: bool = False  # the name may stand before its arguments, which are JSON: name{...}
-    native: bool = False  # arguments are in Gemma's notation; a grammar for calls uses `enforced` then
+    # For calls in a notation of their own: reads what stands between `begin` and `end`, or, where these are "", an
+    # answer that begins with [ and a function's name. None when it is no call.
+    read: Callable[[str, Offered], Calls | None] | None = None
     call_id: Callable[[], str] = openai_id
 
     def example(self) -> str:

@@ -1,8 +1,6 @@
 """FunctionGemma: calls in a notation of its own, which is read as JSON here.
 
-    <start_function_call>call:NAME{key:<escape>text<escape>,other:[1,true]}<end_function_call>
-
-A call's arguments are known only when it is complete. A grammar for calls is that of the generic form.
+<start_function_call>call:NAME{key:<escape>text<escape>,other:[1,true]}<end_function_call>
 """
 
 from __future__ import annotations
@@ -11,33 +9,22 @@ import json
 import re
 from collections.abc import Iterator
 
-from veneer.server.tool_calls.family import Family
-
-FUNCTION_GEMMA = Family(
-    name="functiongemma",
-    before=lambda name: f"<start_function_call>call:{name}",
-    after="<end_function_call>",
-    begin="<start_function_call>",
-    end="<end_function_call>",
-    specials=("<start_function_call>", "<end_function_call>", "<escape>"),
-    native=True,
-)
+from veneer.server.tool_calls.family import Calls, Family, Offered
 
 _TOKENS = re.compile(r"<escape>(.*?)<escape>|([{}\[\],:])|([^{}\[\],:<]+)", re.DOTALL)
 _BARE = re.compile(r"true|false|null|-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?")
 
 
-def read_call(text: str) -> tuple[str, str] | None:
-    """Name and arguments, as JSON, of what stands between the tags; None when it is no call."""
+def read(text: str, offered: Offered) -> Calls | None:
     found = re.fullmatch(r"\s*call:([\w.-]+)(\{.*\})\s*", text, re.DOTALL)
-    if found is None:
+    if found is None or found[1] not in offered:
         return None
     written = "".join(_as_json(found[2]))
     try:
         value = json.loads(written)
     except ValueError:
         return None
-    return (found[1], written) if isinstance(value, dict) else None
+    return [(found[1], written)] if isinstance(value, dict) else None
 
 
 def _as_json(text: str) -> Iterator[str]:
@@ -55,3 +42,14 @@ def _as_json(text: str) -> Iterator[str]:
         else:
             yield bare.strip()
     yield text[at:]
+
+
+FUNCTION_GEMMA = Family(
+    name="functiongemma",
+    before=lambda name: f"<start_function_call>call:{name}",
+    after="<end_function_call>",
+    begin="<start_function_call>",
+    end="<end_function_call>",
+    specials=("<start_function_call>", "<end_function_call>", "<escape>"),
+    read=read,
+)

@@ -13,7 +13,7 @@ class Message:
 
     def __init__(self, tools: Tools | None) -> None:
         self._tools = tools
-        offered = [function.name for function in tools.functions] if tools else []
+        offered = {each.name: each.parameters for each in tools.functions} if tools else {}
         self._reader = Reader(tools.family, offered) if tools else None
         self._content = ""
         self._calls: list[dict[str, Any]] = []

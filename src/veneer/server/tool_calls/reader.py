@@ -1,17 +1,16 @@
 """Reads function calls out of an answer's text as it comes: words, then calls with their arguments in pieces.
 
 What looks like a call and is none (no JSON, no name, a function that was not offered) is part of the words. A call
-that is cut ends where the text does.
+that is cut ends where the text does. Calls in a notation of their own (`Family.read`) come whole.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
-from veneer.server.tool_calls.family import Family
-from veneer.server.tool_calls.gemma import read_call
+from veneer.server.tool_calls.family import Calls, Family, Offered
 
 _ARGUMENTS = ("arguments", "parameters")
 
@@ -34,8 +33,8 @@ Event = Words | CallStart | CallArguments
 class Reader:
     """The growing text of one answer."""
 
-    def __init__(self, family: Family, offered: Collection[str]) -> None:
-        self._family, self._offered = family, frozenset(offered)
+    def __init__(self, family: Family, offered: Offered) -> None:
+        self._family, self._offered = family, offered
         self._held = ""  # text not yet understood
         self._seen = ""  # text since calls could begin that is words if none does
         self._call: _JsonCall | None = None
@@ -89,8 +88,8 @@ class Reader:
             return True
         if not held and not final:
             return False
-        if family.native:
-            return self._find_native(events, final)
+        if family.read is not None:
+            return self._find_whole(family.read, events, final)
         if held.startswith("{"):
             self._call = _JsonCall(self._offered)
             return True
@@ -107,15 +106,26 @@ class Reader:
                 return True
         return False
 
-    def _find_native(self, events: list[Event], final: bool) -> bool:
-        inside, mark, after = self._held.partition(self._family.end)
-        if not mark and not final:
+    def _find_whole(
+        self, read: Callable[[str, Offered], Calls | None], events: list[Event], final: bool
+    ) -> bool:
+        """Calls that are known when their last character is."""
+        if self._family.end:
+            inside, mark, after = self._held.partition(self._family.end)
+            may_be = not mark
+        else:
+            inside, mark, after = self._held, "", ""
+            name, bracket, _ = inside.removeprefix("[").lstrip().partition("(")
+            named = name in self._offered if bracket else any(each.startswith(name) for each in self._offered)
+            may_be = inside.startswith("[") and named
+        if may_be and not final:
             return False
-        call = read_call(inside)
-        if call is None or call[0] not in self._offered:
+        calls = read(inside, self._offered)
+        if calls is None:
             self._give_up(inside + mark, after, events)
             return bool(after)
-        events += [CallStart(call[0]), CallArguments(call[1])]
+        for name, arguments in calls:
+            events += [CallStart(name), CallArguments(arguments)]
         self._called, self._seen, self._held, self._in_words = True, "", after, True
         return True
 

@@ -32,7 +32,7 @@ def tools_of(body: Conversation, template: str, parser: str | None) -> Tools | N
     if not body.tools or body.tool_choice == "none":
         return None
     family = family_of(template, parser)
-    if family.native and _is_held(body):
+    if family.read is not None and _is_held(body):
         family = JSON
     described = [tool.model_dump(exclude_unset=True) for tool in body.tools]
     functions = tuple(tool.function for tool in body.tools)
