@@ -34,7 +34,7 @@ TAKEN: Final[dict[str, tuple[str, ...]]] = {
     "InputItem": ("EasyInputMessage",),
     "InputContent": ("InputTextContent",),
     "Tool": ("FunctionTool",),
-    "ToolChoiceParam": ("ToolChoiceOptions", "ToolChoiceFunction"),
+    "ToolChoiceParam": ("ToolChoiceOptions", "ToolChoiceFunction", "ToolChoiceAllowed"),
 }
 
 

@@ -60,6 +60,8 @@ def test_a_choice_and_a_form_are_held_by_grammars(hermes: Server) -> None:
     grammars = [
         sent["sampling"].get("constraint", {}).get("grammar", "") for sent in hermes.received("Generate")
     ]
+    some = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "add"}]}
+    assert create(hermes, tools=[TOOL], tool_choice=some, max_output_tokens=4)["tool_choice"] == some
     assert len(grammars) == 3
     assert all(grammars)
     assert '"add"' in grammars[0].replace("\\", "")

@@ -305,6 +305,11 @@ def tool(name: str, **function: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name} | function}
 
 
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 def request(fields: dict[str, Any]) -> ChatRequest:
     body = {"model": "m", "messages": [{"role": "user", "content": "hi"}]} | fields
     return check_body(body, ChatRequest, pytest.fail)
@@ -323,6 +328,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
         ({"tool_choice": "none"}, None),
         ({"tool_choice": "required"}, True),
         ({"tool_choice": tool("add")}, True),
+        ({"tool_choice": allowed("auto", "add")}, False),
+        ({"tool_choice": allowed("required", "add")}, True),
         ({"parallel_tool_calls": False}, True),
         ({"tools": [tool("add", strict=True)]}, True),
         ({"response_format": {"type": "json_object"}}, True),
@@ -338,6 +345,18 @@ def test_when_a_grammar_holds_the_calls(tokenizer: TextTokenizer, fields: Any, h
     assert (grammar_of(body, tools, tokenizer) is not None) == bool(held)
 
 
+def test_some_of_the_tools_may_be_called(tokenizer: TextTokenizer) -> None:
+    body = request({"tools": [tool("add"), tool("other")], "tool_choice": allowed("required", "add")})
+    tools = tools_of(body, "tools <tool_call>", None)
+    assert tools is not None
+    assert [each["function"]["name"] for each in tools.described] == ["add", "other"]
+    assert [each.name for each in tools.functions] == ["add"]
+    grammar = grammar_of(body, tools, tokenizer)
+    assert grammar is not None
+    assert "add" in grammar.text
+    assert "other" not in grammar.text
+
+
 def test_gemma_is_held_to_the_generic_form() -> None:
     tools = tools_of(request({"tools": [tool("add")], "tool_choice": "required"}), "", "functiongemma")
     assert tools is not None
@@ -351,6 +370,7 @@ def test_gemma_is_held_to_the_generic_form() -> None:
         ({"tools": [tool("f", parameters={"type": "array"})]}, "tools[0].function.parameters"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [tool("f")], "tool_choice": tool("g")}, "tool_choice"),
+        ({"tools": [tool("f")], "tool_choice": allowed("auto", "f", "g")}, "tool_choice"),
         ({"tools": [tool("f")], "structured_outputs": {"regex": "a"}}, "structured_outputs"),
         ({"tools": [tool("f", strict=True, parameters={"not": {}})]}, "tools.f.parameters"),
         ({"tools": [tool("a b")]}, "tools[0].function.name"),

@@ -65,6 +65,12 @@ class NamedFunction(Strict):
     name: str
 
 
+class AllowedFunctions(Strict):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedFunction], Field(min_length=1)]
+
+
 # Read by response_items.py, whose errors name the item.
 _ITEMS = {"type": "array", "minItems": 1, "items": {"type": "object"}}
 Input = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, _ITEMS]})]
@@ -85,7 +91,7 @@ class ResponseRequest(Strict):
     include: list[Include] = Field(default=[])
     text: TextOptions | None = None
     tools: list[FunctionTool] = Field(default=[], max_length=128)
-    tool_choice: Literal["none", "auto", "required"] | NamedFunction = "auto"
+    tool_choice: Literal["none", "auto", "required"] | NamedFunction | AllowedFunctions = "auto"
     parallel_tool_calls: bool = True
     truncation: Literal["auto", "disabled"] = "disabled"
     metadata: dict[Label, Value] = Field(default={}, max_length=16)
@@ -193,7 +199,10 @@ def chat_request(
         data["tools"] = [_chat_tool(tool) for tool in body.tools]
         data["parallel_tool_calls"] = body.parallel_tool_calls
         if isinstance(choice, NamedFunction):
-            data["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
+            data["tool_choice"] = _named_tool(choice)
+        elif isinstance(choice, AllowedFunctions):
+            allowed = {"mode": choice.mode, "tools": [_named_tool(each) for each in choice.tools]}
+            data["tool_choice"] = {"type": "allowed_tools", "allowed_tools": allowed}
         elif choice != "auto":
             data["tool_choice"] = choice
     elif body.tool_choice not in ("auto", "none"):
@@ -215,6 +224,10 @@ def _response_format(form: TextFormat) -> dict[str, Any]:
 
 def _chat_tool(tool: FunctionTool) -> dict[str, Any]:
     return {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
+
+
+def _named_tool(function: NamedFunction) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": function.name}}
 
 
 def renamed(error: InvalidRequest) -> InvalidRequest:

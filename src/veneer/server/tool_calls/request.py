@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from veneer.errors import InvalidRequest
-from veneer.server.fields import Function, NamedTool
+from veneer.server.fields import AllowedToolsChoice, Function, NamedTool, ToolChoice
 from veneer.server.structured import Grammar, answer_grammar, response_body
 from veneer.server.text import TextTokenizer
 from veneer.server.tool_calls.family import Family
@@ -35,7 +35,8 @@ def tools_of(body: Conversation, template: str, parser: str | None) -> Tools | N
     if family.read is not None and _is_held(body):
         family = JSON
     described = [tool.model_dump(exclude_unset=True) for tool in body.tools]
-    functions = tuple(tool.function for tool in body.tools)
+    named = _named(body.tool_choice)
+    functions = tuple(each.function for each in body.tools if named is None or each.function.name in named)
     return Tools(family, functions, described, knows_tools(template))
 
 
@@ -50,15 +51,12 @@ def grammar_of(body: ChatRequest, tools: Tools | None, tokenizer: TextTokenizer)
     answer = response_body(body.response_format)
     if not _is_held(body) and answer is None:
         return None
-    functions = tools.functions
-    if isinstance(choice := body.tool_choice, NamedTool):
-        functions = tuple(each for each in functions if each.name == choice.function.name)
     text = calls_grammar(
         tools.family,
-        functions,
+        tools.functions,
         lambda token: found if (found := tokenizer.token_id(token)) in tokenizer.special_ids else None,
-        must=body.tool_choice not in (None, "auto"),
-        several=body.parallel_tool_calls and not isinstance(choice, NamedTool),
+        must=_must(body.tool_choice),
+        several=body.parallel_tool_calls and not isinstance(body.tool_choice, NamedTool),
         answer=answer,
     )
     return Grammar(text, "tools" if answer is None else "response_format")
@@ -67,7 +65,21 @@ def grammar_of(body: ChatRequest, tools: Tools | None, tokenizer: TextTokenizer)
 def _is_held(body: Conversation) -> bool:
     """Whether a grammar must hold the calls to their form."""
     strict = any(tool.function.strict for tool in body.tools or [])
-    return body.tool_choice not in (None, "auto") or strict or not body.parallel_tool_calls
+    return _must(body.tool_choice) or strict or not body.parallel_tool_calls
+
+
+def _must(choice: ToolChoice | None) -> bool:
+    """Whether there must be a call."""
+    if isinstance(choice, AllowedToolsChoice):
+        return choice.allowed_tools.mode == "required"
+    return choice not in (None, "none", "auto")
+
+
+def _named(choice: ToolChoice | None) -> list[str] | None:
+    """The functions that may be called; None for all."""
+    if isinstance(choice, AllowedToolsChoice):
+        return [tool.function.name for tool in choice.allowed_tools.tools]
+    return [choice.function.name] if isinstance(choice, NamedTool) else None
 
 
 def _check(body: Conversation) -> None:
@@ -81,10 +93,8 @@ def _check(body: Conversation) -> None:
     choice = body.tool_choice
     if choice not in (None, "none", "auto") and not names:
         raise _fault("tool_choice", "it asks for a call and there are no tools; send them in tools")
-    if isinstance(choice, NamedTool) and choice.function.name not in names:
-        raise _fault(
-            "tool_choice", f"{choice.function.name!r} is none of the tools: {', '.join(names)[:500]}"
-        )
+    if unknown := next((name for name in _named(choice) or [] if name not in names), None):
+        raise _fault("tool_choice", f"{unknown[:100]!r} is none of the tools: {', '.join(names)[:500]}")
 
 
 def _fault(param: str, rule: str) -> InvalidRequest:
