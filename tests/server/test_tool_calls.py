@@ -114,14 +114,19 @@ CASES: list[tuple[Any, str, str | None, list[tuple[str, str]] | None]] = [
     (QWEN3_CODER, "<tool_call><function=add></function></tool_call> bye", " bye", [("add", "{}")]),
     *(
         (QWEN3_CODER, f"<tool_call>{text}</tool_call>", None, None)
-        for text in ("<function=nobody></function>", "<function=add>words</function>", '{"name": "add"}')
+        for text in (
+            "<function=nobody></function>",
+            "<function=add>words</function>",
+            "<function=add><parameter=c>NaN</parameter></function>",
+            '{"name": "add"}',
+        )
     ),
     (
         PYTHONIC,
-        '[get_weather(city="Paris (x)]", days=[1, -2.5]), add(a=null, b={"c": (True, None)})]',
+        r'[get_weather(city="Paris (x)]\ud800", days=[1, -2.5]), add(a=null, b={"c": (True, None)})]',
         "",
         [
-            ("get_weather", '{"city": "Paris (x)]", "days": [1, -2.5]}'),
+            ("get_weather", r'{"city": "Paris (x)]\ud800", "days": [1, -2.5]}'),
             ("add", '{"a": null, "b": {"c": [true, null]}}'),
         ],
     ),

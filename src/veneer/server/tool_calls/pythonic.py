@@ -28,7 +28,7 @@ def _call(node: ast.expr) -> tuple[str, str]:
     arguments = {each.arg: _value(each.value) for each in node.keywords}
     if None in arguments:
         raise ValueError(node)  # **other
-    return ast.unparse(node.func), json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    return ast.unparse(node.func), json.dumps(arguments, allow_nan=False)
 
 
 def _value(node: ast.expr) -> Any:

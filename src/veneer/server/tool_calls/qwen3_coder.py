@@ -28,20 +28,24 @@ def read(text: str, offered: Offered) -> Calls | None:
     found = _FUNCTION.fullmatch(text)
     if found is None or found[1] not in offered:
         return None
-    properties = (offered[found[1]] or {}).get("properties", {})
+    properties = (offered[found[1]] or {}).get("properties")
+    schemas = properties if isinstance(properties, dict) else {}
     arguments, at = {}, 0
     while at < len(found[2].rstrip()):
         parameter = _PARAMETER.match(found[2], at)
         if parameter is None:
             return None
         key, at = parameter[1], parameter.end()
-        arguments[key] = _value(parameter[2], properties.get(key))
-    return [(found[1], json.dumps(arguments, ensure_ascii=False))]
+        arguments[key] = _value(parameter[2], schemas.get(key))
+    try:
+        return [(found[1], json.dumps(arguments, allow_nan=False))]
+    except ValueError:
+        return None  # NaN
 
 
 def _value(text: str, schema: Any) -> Any:
-    kind = schema.get("type", ()) if isinstance(schema, dict) else ()
-    kinds = [kind] if isinstance(kind, str) else kind
+    kind = schema.get("type") if isinstance(schema, dict) else None
+    kinds = kind if isinstance(kind, list) else [kind]
     if "string" in kinds and not (text == "null" and "null" in kinds):
         return text
     try:
