@@ -15,7 +15,6 @@ from tests.server.adapters import error, files, left_behind, made
 from tests.server.conftest import MakeServer, Server
 
 from veneer.adapters.recipes import Part, recipe
-from veneer.server import merge_api
 from veneer.server.cli import main
 
 
@@ -224,9 +223,9 @@ def test_a_merge_that_is_done_cannot_be_cancelled(server: Server, tmp_path: Path
     body = {"name": "both", "adapters": [{"id": "a"}], "stream": True}
     with server.http.stream("POST", "/v1/adapters/merge", json=body) as reply, ThreadPoolExecutor(1) as pool:
         id = reply.headers["x-veneer-merge"]
-        server.until(lambda: merge_api._merges[id][0].has_turn)
+        server.until(lambda: server.state.merges[id].has_turn)
         cancel = pool.submit(server.post, f"/v1/adapters/merge/{id}/cancel", b"")
-        server.until(lambda: merge_api._merges[id][0].cancelled)
+        server.until(lambda: server.state.merges[id].cancelled)
         go.touch()
         assert error(cancel.result(), 409, "conflict")
     assert server.state.store.resolve("both").version == 1

@@ -80,9 +80,7 @@ class Merge:
     news: asyncio.Queue[tuple[int, int]] = field(default_factory=asyncio.Queue)  # sites done, of how many
     has_turn: bool = False
     cancelled: bool = False
-
-
-_merges: dict[str, tuple[Merge, asyncio.Task[AdapterVersion]]] = {}
+    task: asyncio.Task[AdapterVersion] = field(init=False)
 
 
 @router.post(ROUTE)
@@ -92,13 +90,13 @@ async def merge_adapters(request: Request, body: MergeBody) -> Response:
     require_engine(state)
     plan = make_plan(state, body)
     merge = Merge()
-    task = asyncio.create_task(_merge(state, body, plan, merge))
-    _merges[merge.id] = merge, task
-    task.add_done_callback(lambda _: _merges.pop(merge.id))
+    merge.task = asyncio.create_task(_merge(state, body, plan, merge))
+    state.merges[merge.id] = merge
+    merge.task.add_done_callback(lambda _: state.merges.pop(merge.id))
     if body.stream:
-        events = _events(state, task, merge.news)
+        events = _events(state, merge)
         return StreamingResponse(events, headers={"x-veneer-merge": merge.id}, media_type="text/event-stream")
-    record = await asyncio.shield(task)
+    record = await asyncio.shield(merge.task)
     content = msgspec.json.encode(adapter_object(state, record))
     return Response(content, 201 if record.created else 200, media_type="application/json")
 
@@ -106,15 +104,16 @@ async def merge_adapters(request: Request, body: MergeBody) -> Response:
 @router.post(ROUTE + "/{merge_id}/cancel")
 async def cancel_merge(request: Request, merge_id: str) -> dict[str, Any]:
     """End a merge before its turn or at its next layer. Its own answer is 409 `merge_cancelled` then."""
-    if merge_id not in _merges:
+    state = state_of(request)
+    merge = state.merges.get(merge_id)
+    if merge is None:
         raise NotFound(f"No merge {merge_id[:100]!r} is under way; it may be over.", param="merge_id")
-    merge, task = _merges[merge_id]
     merge.cancelled = True
     if not merge.has_turn:
-        task.cancel()
-    state_of(request).engine.cancel_merge(merge.id)
-    await asyncio.wait({task})
-    if not isinstance(error := task.exception(), VeneerError) or error.code != MergeCancelled.code:
+        merge.task.cancel()
+    state.engine.cancel_merge(merge.id)
+    await asyncio.wait({merge.task})
+    if not isinstance(error := merge.task.exception(), VeneerError) or error.code != MergeCancelled.code:
         raise Conflict(f"The merge {merge_id!r} ended before it could be cancelled.")
     return {"id": merge.id, "object": "adapter.merge", "status": "cancelled"}
 
@@ -230,19 +229,17 @@ def _described(body: MergeBody, blend: Blend) -> dict[str, Any]:
     return described | ({} if made.rank is None else {"rank": made.rank})
 
 
-async def _events(
-    state: ServerState, task: asyncio.Task[AdapterVersion], news: asyncio.Queue[tuple[int, int]]
-) -> AsyncGenerator[bytes]:
-    while not task.done():
-        waiting = asyncio.ensure_future(news.get())
-        await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+async def _events(state: ServerState, merge: Merge) -> AsyncGenerator[bytes]:
+    while not merge.task.done():
+        waiting = asyncio.ensure_future(merge.news.get())
+        await asyncio.wait({merge.task, waiting}, return_when=asyncio.FIRST_COMPLETED)
         if waiting.done():
             done, total = waiting.result()
             yield _event({"object": "adapter.merge.progress", "done": done, "total": total})
         else:
             waiting.cancel()
     try:
-        yield _event(adapter_object(state, await task))
+        yield _event(adapter_object(state, await merge.task))
     except VeneerError as error:
         yield _event(error_body(error))
     except Exception:

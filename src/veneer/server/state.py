@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from fastapi import Request
 
@@ -25,6 +25,9 @@ from veneer.server.known_blends import KnownBlends
 from veneer.server.response_store import ResponseStore
 from veneer.training.jobs.file_store import FileStore
 from veneer.training.jobs.job_store import JobStore
+
+if TYPE_CHECKING:  # it imports this module
+    from veneer.server.merge_api import Merge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +129,7 @@ class ServerState:
     texts: AdapterTexts = field(init=False)
     blends: KnownBlends = field(init=False)
     merging: asyncio.Lock = field(default_factory=asyncio.Lock)  # each merge keeps a thread waiting
+    merges: dict[str, Merge] = field(default_factory=dict)  # by id: those that wait or are under way
     files: FileStore = field(init=False)
     jobs: JobStore = field(init=False)
     responses: ResponseStore = field(init=False)
