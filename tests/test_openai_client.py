@@ -32,7 +32,7 @@ ENDLESS = {"ignore_eos": True}
 
 @pytest.fixture(scope="module")
 def server(live_server: Callable[..., LiveServer], tmp_path_factory: pytest.TempPathFactory) -> LiveServer:
-    """Unquantized, which is quickest on a CPU; test_readme.py asks the base as `make serve` quantizes it."""
+    """Unquantized, which is quickest on a CPU; test_docs.py asks the base as `make serve` quantizes it."""
     modules = [f"{name}={EXAMPLES / name}" for name in DEMOS]
     options = ["--store", str(tmp_path_factory.mktemp("store")), "--quantization", "none", "--threads", "1"]
     return live_server(*options, "--kv-cache-memory", "256MiB", "--lora-modules", *modules)

@@ -221,8 +221,8 @@ NOT_HONOURED: Final[dict[str, NotHonoured]] = {
     "metadata": NotHonoured(anything, ""),
     "safety_identifier": NotHonoured(anything, ""),
     "prompt_cache_key": NotHonoured(anything, ""),  # a routing hint; the prefix cache needs none
-    "best_of": NotHonoured(only(1), "it is not supported; use n"),
-    "suffix": NotHonoured(empty, "it is not supported; write the suffix into the prompt"),
+    "best_of": NotHonoured(only(1), "use n"),
+    "suffix": NotHonoured(empty, "write the suffix into the prompt"),
     # OpenAI, chat
     "store": NotHonoured(only(False), "this server stores no completions"),
     "modalities": NotHonoured(only(["text"]), _TEXT),
