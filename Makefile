@@ -53,6 +53,7 @@ bench-gpu: $(INSTALLED)
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.decode --peers
 	$(BIN)/python -m benchmarks.kinds
+	$(BIN)/python -m benchmarks.options
 	$(BIN)/python -m benchmarks.ready
 	$(BIN)/python -m benchmarks.serving
 	$(BIN)/python -m benchmarks.churn

@@ -25,11 +25,10 @@ import numpy as np
 import torch
 from benchmarks.device import Row, device_name, measure_ceilings, print_rows, write_report
 from benchmarks.engines import generate, random_engine, step_bytes, step_outputs
-from benchmarks.models import SHAPES, random_base
+from benchmarks.models import SHAPES, make_base
 
-from veneer.engine.base import Base, load_base, resolve_device, resolve_dtype, resolve_nf4_kernels
+from veneer.engine.base import Base
 from veneer.engine.engine import Engine
-from veneer.engine.source import resolve
 from veneer.engine.view import trainable_view
 from veneer.training.control import Stopped, turns
 from veneer.training.data.encoding import Encoded
@@ -159,15 +158,6 @@ def _token_us(job: Job, during: Any) -> float:
     return (time.perf_counter() - start) * 1e6 / max(1, job.tokens - before)
 
 
-def _base(shapes: str, layers: int | None) -> Base:
-    if shapes != "packaged":
-        return random_base(layers, shapes)
-    device = resolve_device("auto")
-    dtype = resolve_dtype("auto", device)
-    own = resolve_nf4_kernels("auto", "nf4", dtype, device)
-    return load_base(resolve(None), quantization="nf4", dtype=dtype, device=device, own_kernels=own)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shapes", choices=[*SHAPES, "packaged"], default="8b")
@@ -182,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.setswitchinterval(SWITCH_INTERVAL)
     print(device_name())
     with tempfile.TemporaryDirectory() as store:
-        base = _base(args.shapes, args.layers)
+        base = make_base(args.shapes, args.layers)
         rows = measure(base, Path(store), args.share, args.seconds, args.length, args.batch)
     print_rows(rows)
     latency, training = rows

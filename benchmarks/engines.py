@@ -38,11 +38,14 @@ def random_engine(
     wake: Callable[[], None] = lambda: None,
     programs: Sequence[Program] = (),
     spare: int = 0,
+    model: str = "",
+    kv_tokens: int = KV_TOKENS,
 ) -> Engine:
     """An engine on a random base that finds `adapters` digests.
 
     Their contents are `programs` in turn, or one random LoRA. Each is packed into host memory of its own when it
     is first asked for, and copied to one of `slots` slots; the arena has room for `spare` of the largest more.
+    `model` is a folder with the tokenizer, which grammars need.
     """
     for index in range(adapters):
         (store / "blobs" / digest(index)).mkdir(parents=True, exist_ok=True)
@@ -50,14 +53,14 @@ def random_engine(
     size = max(program_bytes(base, program) for program in programs)
     return Engine(
         EngineConfig(
-            model="",
+            model=model,
             store=str(store),
             max_loras=slots,
             max_lora_rank=max(program.rank for program in programs),
             max_num_seqs=batch,
             adapter_memory=(slots + spare) * size,
             host_adapter_memory=adapters * 2 * size + (1 << 30),  # pinned memory comes in powers of two
-            kv_cache_memory=KV_TOKENS * kv_token_bytes(base.config, base.dtype.itemsize),
+            kv_cache_memory=kv_tokens * kv_token_bytes(base.config, base.dtype.itemsize),
             prefix_caching=False,
             max_model_len=POSITIONS // 2,
         ),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,21 @@ import torch
 from torch import nn
 
 from veneer.adapters.program import Program, SiteProgram
-from veneer.engine.base import Base, fuse_norms, resolve_device, resolve_dtype, wrap_embedding, wrap_linears
+from veneer.engine.base import (
+    Base,
+    fuse_norms,
+    load_base,
+    resolve_device,
+    resolve_dtype,
+    resolve_nf4_kernels,
+    wrap_embedding,
+    wrap_linears,
+)
 from veneer.engine.fused import fuse_layers
 from veneer.engine.hidden import HiddenStates
 from veneer.engine.layers import ATTENTION_NAME, StepContext
 from veneer.engine.packed import PackedLinear, fuse
-from veneer.engine.source import cache_folder
+from veneer.engine.source import cache_folder, resolve
 from veneer.kernels.nf4_layout import Nf4Weight
 
 RANK = 16
@@ -205,7 +215,33 @@ def random_adapters(
     return folders
 
 
+def write_subword_tokenizer(folder: Path, size: int) -> Path:
+    """The packaged base's tokenizer with its first `size` tokens, or with as many more, each of two of its own.
+
+    For grammars, whose masks take as long as the tokens are many. Returns the folder.
+    """
+    tokenizer = json.loads((resolve(None) / "tokenizer.json").read_text(encoding="utf-8"))
+    model = tokenizer["model"]
+    tokens = [token for token, _ in sorted(model["vocab"].items(), key=lambda item: item[1])]
+    joined = (first + second for second in tokens[-256:] for first in tokens[-1024:])
+    known = dict.fromkeys([*tokens[:size], *islice(joined, max(0, size - len(tokens)))])
+    model["vocab"] = {token: index for index, token in enumerate(known)}
+    model["merges"] = [pair for pair in model["merges"] if {*pair, "".join(pair)} <= known.keys()]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+    return folder
+
+
 # In memory
+
+
+def make_base(shapes: str, layers: int | None = None) -> Base:
+    """A random base of the named shapes, or the packaged one in NF4: on the GPU where there is one."""
+    if shapes != "packaged":
+        return random_base(layers, shapes)
+    device = resolve_device("auto")
+    dtype = resolve_dtype("auto", device)
+    own = resolve_nf4_kernels("auto", "nf4", dtype, device)
+    return load_base(resolve(None), quantization="nf4", dtype=dtype, device=device, own_kernels=own)
 
 
 def random_base(layers: int | None = None, shapes: str = "8b") -> Base:

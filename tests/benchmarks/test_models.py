@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from benchmarks.models import (
     RANK,
@@ -16,7 +17,9 @@ from benchmarks.models import (
     random_base,
     random_checkpoint,
     random_program,
+    write_subword_tokenizer,
 )
+from tokenizers import Tokenizer
 
 from veneer.adapters.registry import lower
 from veneer.engine.base import load_base
@@ -52,6 +55,15 @@ def test_each_word_is_a_token(tmp_path: Path) -> None:
     tokenizer = TextTokenizer.load(random_checkpoint(tmp_path, shapes="tiny"))
     assert tokenizer.encode("w5 w0 w511", add_special_tokens=True) == [5, 0, 511]
     assert tokenizer.token_bytes(511) == b" w511"
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("size", [512, 49_152, 60_000])
+def test_a_tokenizer_of_any_size(tmp_path: Path, size: int) -> None:
+    tokenizer = Tokenizer.from_file(str(write_subword_tokenizer(tmp_path, size) / "tokenizer.json"))
+    assert tokenizer.get_vocab_size() == size
+    text = '{"the pilot": [1, true]}'
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
 def test_a_checkpoint_is_made_once(tmp_path: Path) -> None:

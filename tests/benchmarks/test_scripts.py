@@ -67,6 +67,21 @@ def test_kinds(tmp_path: Path) -> None:
     assert found["kinds", "prefix"]["adapter_bytes"] == 2 * 16 * 2 * 64 * 4  # tokens, heads, head_dim
 
 
+@pytest.mark.model
+def test_options(tmp_path: Path) -> None:
+    sizes = ("--batch", "4", "--prompt", "8", "--tokens", "16", "--rounds", "2", "--layers", "1")
+    cases = ("json", "choice", "blend2", "edit/1", "novel/4")
+    found = rows(report(tmp_path, "options", *sizes, "--cases", ",".join(cases)))
+    assert list(found) == [("options", case) for case in cases]
+    for row in found.values():
+        assert len(row["ratios"]) == 2
+        assert row["tokens_per_s"] > 0
+    assert list(found["options", "blend2"]["peers"]) == ["LoRA of rank 32"]
+    assert found["options", "edit/1"]["accepted"] > 0.5
+    assert found["options", "edit/1"]["same_answers"] == 1
+    assert found["options", "novel/4"]["accepted"] < 0.5
+
+
 def test_churn(tmp_path: Path) -> None:
     sizes = ("--adapters", "12", "--slots", "4", "--in-flight", "4", "--requests", "14", "--tokens", "6")
     (row,) = report(tmp_path, "churn", *sizes, "--rounds", "1")["rows"]
