@@ -11,6 +11,7 @@ parameters, which the host knows. (No numbers in torch.where here: it would copy
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -191,8 +192,12 @@ def _choose(scores: torch.Tensor, rows: Sequence[SamplingRow], last: torch.Tenso
         scores[row.long(), token.long()] += change.float()
     masked = {i: row.allowed for i, row in enumerate(rows) if row.allowed is not None}
     if masked:
-        index = upload(list(masked), np.int64, scores.device)
-        scores[index] = _masked(scores[index], list(masked.values()))
+        forbidden = _forbidden(list(masked.values()), scores)
+        if len(masked) == len(rows):
+            scores.masked_fill_(forbidden, float("-inf"))
+        else:
+            index = upload(list(masked), np.int64, scores.device)
+            scores[index] = scores[index].masked_fill_(forbidden, float("-inf"))
     penalized = [i for i, row in enumerate(rows) if row.is_penalized]
     if penalized:
         index = upload(penalized, np.int64, scores.device)
@@ -205,14 +210,21 @@ def _choose(scores: torch.Tensor, rows: Sequence[SamplingRow], last: torch.Tenso
     return _draw(scores, rows, greedy)
 
 
-def _masked(scores: torch.Tensor, allowed: Sequence[Words]) -> torch.Tensor:
-    """In place, -inf for tokens without a bit, also those beyond the bits. Masks may go beyond the vocabulary."""
+def _forbidden(allowed: Sequence[Words], scores: torch.Tensor) -> torch.Tensor:
+    """Whether a token has no bit: bool [masks, vocabulary], true beyond the bits. Masks may go beyond scores."""
     words = np.zeros((len(allowed), -(-scores.shape[1] // 32)), np.int32)
     for row, mask in zip(words, allowed, strict=True):
         row[: len(mask)] = mask[: len(row)]
-    places = 1 << torch.arange(32, dtype=torch.int32, device=scores.device)
-    bits = upload(words, np.int32, scores.device).unsqueeze(-1) & places
-    return scores.masked_fill_(bits.view(len(allowed), -1)[:, : scores.shape[1]] == 0, float("-inf"))
+    octets = upload(words, np.int32, scores.device).view(torch.uint8).int()
+    found = _zero_bits(scores.device).index_select(0, octets.view(-1))
+    return found.view(torch.bool).view(len(allowed), -1)[:, : scores.shape[1]]
+
+
+@functools.cache
+def _zero_bits(device: torch.device) -> torch.Tensor:
+    """Of each byte, which of its bits are zero, the lowest first: int64 [256], each of eight bools."""
+    ones = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    return torch.from_numpy((ones == 0).view(np.int64).squeeze(1)).to(device)
 
 
 def _penalize(scores: torch.Tensor, rows: Sequence[SamplingRow], last: torch.Tensor | None) -> torch.Tensor:
