@@ -81,7 +81,8 @@ DRAFT = 10  # tokens
 DRAFTED_BATCHES = (1, 4, 32)
 DRAFTS = [f"{task}/{batch}" for task in ("edit", "novel") for batch in DRAFTED_BATCHES]
 COPIES = [f"copy/{batch}" for batch in DRAFTED_BATCHES]
-CASES = [*GRAMMARS, *(f"blend{count}" for count in BLENDS), *DRAFTS]
+BLEND_CASES = [f"blend{count}" for count in BLENDS]
+CASES = [*GRAMMARS, *BLEND_CASES, *DRAFTS]
 TEXT = (
     "The pilot reads a letter before the flight. It says that the harbour is closed, that two ships wait outside, "
     "and that nobody knows when the storm will end. She folds it and walks to the old tower on the hill.\n\n"
@@ -180,11 +181,6 @@ def edited(tokens: Sequence[int]) -> list[int]:
 # ---- what is compared ----------------------------------------------------------------------------
 
 
-def weights(count: int, number: int) -> list[float]:
-    """Of the parts of a blend; powers of two, so that nothing is rounded."""
-    return [2.0 ** -(part % 3 + number) for part in range(count)]
-
-
 def summed(loras: Sequence[Program], factors: Sequence[float]) -> Program:
     """The LoRA of the summed rank that is their weighted sum."""
     sites = {}
@@ -199,31 +195,35 @@ def summed(loras: Sequence[Program], factors: Sequence[float]) -> Program:
 def make_cases(base: Base, names: Sequence[str], batch: int) -> tuple[list[Case], list[Program]]:
     """The cases, and the adapters that they name by their place in the list."""
     ends = () if base.eos_token_ids else (0,)  # some token must be able to end a text
-    counts = {f"blend{count}": count for count in BLENDS if f"blend{count}" in names}
-    loras = [random_program(base) for _ in range(max(counts.values(), default=0))]
-    programs, cases = list(loras), []
+    counts = {name: count for name, count in zip(BLEND_CASES, BLENDS, strict=True) if name in names}
+    programs = [random_program(base) for _ in range(max(counts.values(), default=1))]
+    cases = []
     for name in names:
         if name in GRAMMARS:
             constraint = Constraint(grammar=lark(GRAMMARS[name]), end_tokens=ends)
             cases.append(Case(name, "plain", Option(batch), Option(batch, constraint=constraint)))
-            continue
-        if "/" in name:
+        elif name in counts:
+            cases.append(make_blends(base, name, counts[name], batch, programs))
+        else:
             task, _, requests = name.partition("/")
             plain = Option(int(requests), task=task)
             cases.append(Case(name, "no drafts", plain, plain._replace(drafts=DRAFT)))
-            continue
-        blends, sums = [], []
-        for number in range(DISTINCT):
-            factors = weights(counts[name], number)
-            key = recipe([Part(digest(i), factor) for i, factor in enumerate(factors)]).key
-            assert key is not None  # it has parts
-            blends.append(key)
-            sums.append(digest(len(programs)))
-            programs.append(summed(loras[: counts[name]], factors))
-        size = program_bytes(base, *programs[-DISTINCT:])
-        peer, option = Option(batch, tuple(sums)), Option(batch, tuple(blends))
-        cases.append(Case(name, f"LoRA of rank {RANK * counts[name]}", peer, option, size))
-    return cases, programs or [random_program(base)]
+    return cases, programs
+
+
+def make_blends(base: Base, name: str, count: int, batch: int, programs: list[Program]) -> Case:
+    """Blends of the first `count` programs; the LoRAs that compute the same are added to these."""
+    blends, sums = [], []
+    for number in range(DISTINCT):
+        factors = [2.0 ** -(part % 3 + number) for part in range(count)]  # so that nothing is rounded
+        key = recipe([Part(digest(i), factor) for i, factor in enumerate(factors)]).key
+        assert key is not None  # it has parts
+        blends.append(key)
+        sums.append(digest(len(programs)))
+        programs.append(summed(programs[:count], factors))
+    size = program_bytes(base, *programs[-DISTINCT:])
+    peer, option = Option(batch, tuple(sums)), Option(batch, tuple(blends))
+    return Case(name, f"LoRA of rank {RANK * count}", peer, option, size)
 
 
 def measure(args: argparse.Namespace, ceilings: Ceilings) -> list[Row]:
