@@ -361,7 +361,8 @@ class Simulation:
             written = sequence.pages[first : self.pool.pages_for(stop)]
             assert len(written) == self.pool.pages_for(stop) - first
             writers.update(written)
-            if sequence.adapter is None:
+            assert sequence.merged == batch.merged
+            if sequence.adapter is None or sequence.merged:
                 assert sequence.slot == -1
             else:
                 entry = self.gate.resident[sequence.adapter]
@@ -1305,3 +1306,97 @@ def test_soak(seed: int, orderly: bool, lookahead: bool) -> None:
     assert (sim.launched_ahead > 40) == lookahead
     assert lookahead or not sim.wasted
     assert (sim.pool.hit_tokens > 0) == sim.pool.prefix_caching
+
+
+# ---- a merged copy ----------------------------------------------------------------------------------
+
+
+def open_copy(sim: Simulation, adapter: str) -> None:
+    sim.scheduler.has_copy, sim.scheduler.joining = True, adapter
+
+
+def test_the_copy_and_the_others_take_turns_and_both_get_on() -> None:
+    sim = Simulation()
+    open_copy(sim, "a")
+    for _ in range(3):
+        sim.add([1, 2, 3], 8, "a")
+        sim.add([1, 2, 3], 8, "b")
+    batches = [sim.step() for _ in range(12)]
+    lanes = [batch.merged for batch in batches if batch.items]
+    assert all(one != other for one, other in pairwise(lanes[2:]))
+    assert [s.merged for s in sim.scheduler.running] == [True, False] * 3
+    sim.run()
+    assert list(sim.gate.resident) == ["b"]  # the copy needs no slot
+
+
+def test_without_others_every_step_is_the_copys() -> None:
+    sim = Simulation()
+    open_copy(sim, "a")
+    sim.add([1, 2, 3], 8, "a")
+    assert all(sim.step().merged for _ in range(8))
+    sim.run()
+
+
+def test_who_began_with_a_slot_keeps_it() -> None:
+    sim = Simulation(pages=8)
+    early = sim.add([1, 2, 3], 20, "a")
+    while not early.num_output_tokens:
+        sim.step()
+    open_copy(sim, "a")
+    sim.scheduler._preempt(early)
+    late = sim.add([4, 5, 6], 4, "a")
+    sim.run()
+    assert (early.merged, late.merged) == (False, True)
+
+
+def test_pages_of_the_copy_are_its_own() -> None:
+    """The simulated copy computes something else than the adapter in its slot."""
+    sim, prompt = Simulation(), list(range(12))
+    plain = sim.compute
+    sim.compute = lambda sequence, tokens, start, chunk, adapter: plain(  # type: ignore[method-assign]
+        sequence, tokens, start, chunk, "rounded" if sequence.merged else adapter
+    )
+    slot = sim.add(prompt, 4, "a")
+    while slot.is_running or not slot.num_output_tokens:
+        sim.step()
+    open_copy(sim, "a")
+    for cached in (0, 8):
+        sequence = sim.add(prompt, 4, "a")
+        while sequence.id not in sim.done:
+            sim.step()
+        assert sequence.output == expected("rounded", prompt, 4)
+        assert sequence.num_cached == cached
+    sim.done.clear()
+    sim.run()
+
+
+def test_a_failed_load_leaves_the_copys_sequences() -> None:
+    sim = Simulation()
+    open_copy(sim, "a")
+    sequence = sim.add([1, 2], 6, "a")
+    sim.step()
+    assert sim.scheduler.fail_adapter("a") == []
+    sim.run()
+    assert sequence.merged
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_copies_come_and_go_and_tokens_stay(seed: int) -> None:
+    generator = random.Random(seed)
+    sim = Simulation(pages=generator.choice([12, 20, 64]), seqs=generator.choice([2, 5, 8]), patience=3)
+    for _ in range(60):
+        for _ in range(generator.randrange(3)):
+            adapter = generator.choice([None, "a", "a", "a", "b", "c"])
+            prompt = [generator.randrange(3)] * generator.randrange(1, 12)
+            sim.add(prompt, generator.randrange(1, 12), adapter)
+        chance = generator.random()
+        if not sim.scheduler.has_copy and chance < 0.3:
+            open_copy(sim, "a")
+        elif chance < 0.05:
+            sim.scheduler.leave_copy()
+        elif chance < 0.15:
+            sim.scheduler.joining = None
+        elif chance < 0.2 and sim.scheduler.running:
+            sim.scheduler.cancel(generator.choice(sim.scheduler.running).id)
+        sim.step()
+    sim.run()

@@ -43,3 +43,5 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         1.5  # on CUDA: time between tokens beside a job over that without; bounds the share
     )
     training_memory: int | None = None  # bytes of the device kept free of KV cache for training; None = none
+    hot_adapter_memory: int = 0  # of a merged copy for the adapter that dominates; 0 = none is made
+    hot_adapter_format: str = "full"  # of that copy: full (the compute type) | nf4

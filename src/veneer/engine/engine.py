@@ -31,6 +31,7 @@ from veneer.engine.base import Base, load_base, resolve_device, resolve_dtype, r
 from veneer.engine.check import AdapterCheck, describe
 from veneer.engine.config import GIB, EngineConfig
 from veneer.engine.grammars import Grammars
+from veneer.engine.hot import HotAdapter
 from veneer.engine.lookup import PromptLookup
 from veneer.engine.merger import Merger
 from veneer.engine.messages import AdapterChecked, Done, SequenceOutput, WireError
@@ -67,6 +68,12 @@ class Engine:
         if config.threads:
             torch.set_num_threads(config.threads)
         device = resolve_device(config.device)
+        if config.hot_adapter_memory and device.type == "cuda":
+            raise InvalidRequest(
+                f"--hot-adapter-memory {config.hot_adapter_memory} on {device}: merged copies are made on the CPU "
+                "alone. Leave it out.",
+                param="hot_adapter_memory",
+            )
         self.config = config
         dtype = resolve_dtype(config.dtype, device)
         self.base = resident = base or load_base(
@@ -130,6 +137,7 @@ class Engine:
         self.steps = self.prefill_tokens = self.decode_tokens = 0
         self.draft_tokens = self.accepted_draft_tokens = 0
         self._lookahead = device.type == "cuda" if config.lookahead is None else config.lookahead
+        self._lookahead &= not config.hot_adapter_memory  # between two steps a copy may be dropped
         self._ahead: Launched | None = None  # the next step, on the device already
         self._busy_at = time.monotonic()
         self._probe = EffectProbe(self.base.model.config.vocab_size)
@@ -137,12 +145,15 @@ class Engine:
         self._blends: dict[str, Future[Program]] = {}  # by call
         self._merger = Merger(self.base, Path(config.store) / "blobs", config.max_lora_rank, wake)
         self._drops: dict[str, list[Future[None]]] = {}  # call -> the drops of its tasks
+        self._hot = self._hot_adapter(wake) if config.hot_adapter_memory else None
 
     def close(self) -> None:
         if self._ahead is not None:
             self._ahead.results()  # nothing that the device still uses may be freed
             self._ahead = None
         self._merger.close()
+        if self._hot is not None:
+            self._hot.close()
         self.grammars.close()
         self.residency.close()
 
@@ -167,7 +178,9 @@ class Engine:
                     self._merger.cancel(call)
                 case messages.DropAdapter(call=call, digest=digest):
                     self.pool.forget(digest)
-                    self._drops[call] = [self.residency.drop(key) for key in self.residency.keys(digest)]
+                    freed = [] if self._hot is None else self._hot.forget(digest)
+                    drops = [self.residency.drop(key) for key in self.residency.keys(digest)]
+                    self._drops[call] = freed + drops
                 case messages.PinAdapter(call=call, key=key, pinned=pinned):
                     self.residency.pin(key, pinned)
                     return [Done(call=call)]
@@ -179,7 +192,7 @@ class Engine:
             return [_refusal(request, error)]
         return []
 
-    def _submit(self, request: messages.Generate) -> None:
+    def _submit(self, request: messages.Generate, merged: bool = False) -> None:
         now = time.monotonic()
         p, constraint = request.sampling, request.sampling.constraint
         self.scheduler.add(
@@ -192,6 +205,7 @@ class Engine:
                 deadline=None if request.deadline is None else now + request.deadline,
                 matcher=None if constraint is None else self.grammars.matcher(constraint),
                 lookup=PromptLookup(p.draft_tokens, p.prediction, request.prompt) if p.draft_tokens else None,
+                merged=merged,
             )
         )
 
@@ -207,9 +221,12 @@ class Engine:
         With lookahead the step after this one is launched before this one's tokens are waited for. When there has
         been nothing to do for a while, one of the runner's chores is done instead.
         """
+        begun = time.monotonic()
         items = self._failures()
         current, self._ahead = self._ahead, None
         if current is None:
+            if self._hot is not None:
+                self._hot.poll()
             batch = self.scheduler.schedule()
             current = self.runner.launch(batch) if batch.items else None
         if current is not None:
@@ -218,6 +235,8 @@ class Engine:
                 self._ahead = self.runner.launch(following, current)
             items += self._unmatched()
             items += self._apply(current)
+            if self._hot is not None:
+                self._hot.stepped(current.batch, time.monotonic() - begun)
         items += self._refused()
         self._probe.observe(items)
         replies: list[messages.Reply] = self._finished_calls()
@@ -366,6 +385,18 @@ class Engine:
         vocabulary = self.base.config.vocab_size
         return AdapterChecked(call=call, info=describe(program, self.base.dtype.itemsize, vocabulary))
 
+    def _hot_adapter(self, wake: Callable[[], None]) -> HotAdapter:
+        return HotAdapter(
+            self.config,
+            self.base,
+            self.residency,
+            self.scheduler,
+            self.runner,
+            self._probe,
+            submit=self._submit,
+            wake=wake,
+        )
+
     # ---- sizes ----------------------------------------------------------------------------------
 
     def _num_pages(self) -> int:
@@ -449,6 +480,7 @@ class Engine:
             adapters=adapters,
             device_adapter_bytes=self.residency.device_bytes,
             host_adapter_bytes=self.residency.host_bytes,
+            hot_adapter=None if self._hot is None else self._hot.stats(),
         )
 
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from veneer.adapters.blend import at_sites, check_parts
 from veneer.adapters.convert import check_free
 from veneer.adapters.deltas import bias_change, weight_change
+from veneer.adapters.methods.base import Base
 from veneer.adapters.names import TEXT_FILES
 from veneer.adapters.program import EMBEDDING, HEAD, Program
 from veneer.adapters.registry import lower
@@ -54,7 +55,7 @@ def merge_into_base(folders: Sequence[Path], weights: Sequence[float], model: Pa
     base = open_base(model)
     programs = [lower(folder, base, _MAX_RANK) for folder in folders]
     for program in programs:
-        _check(program, base)
+        check_mergeable(program, base)
     changes = _Changes(base, programs, weights)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
@@ -74,7 +75,7 @@ def merge_into_base(folders: Sequence[Path], weights: Sequence[float], model: Pa
     return report._replace(warnings=warnings)
 
 
-def _check(program: Program, base: CheckpointBase) -> None:
+def check_mergeable(program: Program, base: Base) -> None:
     """Refuse what acts in another way than by the base's weights."""
     check_parts([program], base)
     if program.invocation or program.span:

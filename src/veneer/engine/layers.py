@@ -9,7 +9,7 @@ form (fused.py), which reads the same tables.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,8 @@ class StepContext:
     heads_sites: Sequence[int] = ()  # by layer, the site of its attention heads; empty where there are none
     added: torch.Tensor | None = None  # [rows, tokens], logits of tokens that adapters add
     fused: bool = True  # whether layers that have a fused form may run it
+    # In a step of a merged copy (hot.py), by site what computes in place of the base's linear: no row has a slot.
+    copy: Mapping[int, nn.Module] | None = None
 
     @property
     def runs_fused(self) -> bool:
@@ -75,7 +77,8 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = self.step.head_rows if self.is_head else self.step.rows
         if rows is None or not rows.adapted:
-            plain: torch.Tensor = self.base(x)
+            linear = self.base if self.step.copy is None else self.step.copy.get(self.site, self.base)
+            plain: torch.Tensor = linear(x)
             return plain
         tables, workspace = self.step.tables, self.step.workspace
         assert tables is not None  # the runner sets all three

@@ -330,6 +330,24 @@ class AdapterStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
         )
 
 
+class HotAdapter(msgspec.Struct, frozen=True, kw_only=True):
+    """The merged copy of the adapter that dominates (engine/hot.py). Totals count since engine start."""
+
+    state: str  # "watching" | "making" | "checking" | "serving" | "leaving"
+    format: str  # "full" | "nf4"
+    adapter: str | None = None  # key of adapters/names.py; None while watching
+    bytes: int = 0  # of the copy; 0 without one
+    error: float | None = None  # of its weights, relative (Frobenius)
+    lost: float | None = None  # the same distance over the size of what the adapter changes
+    logprob_difference: float | None = None  # on the probe's prompt, from the adapter without the copy
+    tokens_per_second_before: float | None = None  # of rounds of the same size, busy time; None until known
+    tokens_per_second: float | None = None
+    steps: int = 0  # of copies
+    made: int = 0
+    dropped: dict[str, int] = {}  # by reason
+    note: str = ""  # why there is no copy, or no more
+
+
 class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A snapshot for /metrics, sent at most a few times a second. Totals count since engine start."""
 
@@ -349,6 +367,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     adapters: dict[str, AdapterStats]  # by digest, all tasks together
     device_adapter_bytes: int
     host_adapter_bytes: int
+    hot_adapter: HotAdapter | None = None  # None: --hot-adapter-memory is 0
 
 
 Reply = Ready | Outputs | AdapterChecked | MergeProgress | Merged | Done | JobReport | Stats

@@ -9,9 +9,9 @@ Counts only; the keys and values themselves lie in the runner's tensors. A page 
 A full page is cached under a key chained over everything before it: blake2b(parent key, token ids). Into the
 parent of each page in which the adapter begins or ends to act go its key and the places in the page where it
 does: another prompt can have the same tokens there and be invoked, or end, elsewhere. Keys and values depend on
-nothing else, so names never matter, no adapter sees another's pages, and those before it acts are the base's. Pages
-of virtual tokens, which all sequences of an adapter begin with, are always cached, those of other tokens only with
-prefix caching.
+nothing else, so names never matter, no adapter sees another's pages, and those before it acts are the base's. What
+a merged copy of an adapter computes is rounded in another way, so it has pages of its own. Pages of virtual tokens,
+which all sequences of an adapter begin with, are always cached, those of other tokens only with prefix caching.
 """
 
 from __future__ import annotations
@@ -161,7 +161,8 @@ class PagePool:
             stop = start + self.page_size
             here = [(at - start, offset) for at, offset in sequence.changes if start <= at < stop]
             if sequence.adapter is not None and here:
-                parent = blake2b(parent + f"{here} {sequence.adapter}".encode(), digest_size=32).digest()
+                owner = f"{here} {sequence.adapter}" + (" merged" if sequence.merged else "")
+                parent = blake2b(parent + owner.encode(), digest_size=32).digest()
             page = array("q", sequence.tokens[start : start + self.page_size])
             keys.append(blake2b(parent + page.tobytes(), digest_size=32).digest())
         return keys[index]

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+from torch import nn
 
 from veneer.adapters.packing import AddedTokens
 from veneer.adapters.residency import Residency
@@ -36,6 +37,7 @@ from veneer.engine.graphs import (
     head_segments_of,
     segments_of,
 )
+from veneer.engine.merged_copy import MergedCopy
 from veneer.engine.messages import SamplingParams, TokenLogprobs
 from veneer.engine.pooling import Pooled, pool
 from veneer.engine.sampling import Choice, Sampled, SamplingRow, sample, top_logprobs
@@ -159,6 +161,7 @@ class Runner:
         self.mixed_graphs: MixedGraphs | None = None
         self.chores: deque[Callable[[], None]] = deque()  # see `prepare`
         self.eager_steps = 0
+        self.copy: MergedCopy | None = None  # set by the engine, for steps of sequences on it
         self._slots = tables.entries.shape[0] // SLOTS_EACH
         self._max_rows = max_rows
         # The tokens that the last step sampled, in the order of its rows. Static, for graphs.
@@ -263,6 +266,7 @@ class Runner:
 
         With `previous`, the launch before this one, all rows go on from its tokens, which only the device knows.
         """
+        self._step.copy = self._copy_for(batch)
         self._virtual_tokens.write(batch.items)
         planned = sorted(batch.items, key=self._place)
         pending = None if previous is None else [previous.rows[item.sequence.id] for item in planned]
@@ -287,6 +291,12 @@ class Runner:
         rows = {item.sequence.id: row for row, item in enumerate(_sampling_rows(sampled))}
         limits = {name: len(masks) for name, masks in allowed.items()}
         return Launched(batch, rows, result, limits, scored, pooled, done)
+
+    def _copy_for(self, batch: Batch) -> Mapping[int, nn.Module] | None:
+        if not batch.merged:
+            return None
+        assert self.copy is not None  # the engine keeps it while it has sequences
+        return self.copy.linears
 
     def _place(self, item: Scheduled) -> tuple[bytes, int]:
         """In the order of rows: those of the base first, those of one kin together."""
@@ -363,8 +373,10 @@ class Runner:
         return found
 
     def _added_tokens(self, item: Scheduled) -> AddedTokens:
-        adapter = item.sequence.adapter
-        return AddedTokens() if adapter is None else self._residency.added_tokens(adapter)
+        sequence = item.sequence
+        if sequence.adapter is None or sequence.merged:
+            return AddedTokens()
+        return self._residency.added_tokens(sequence.adapter)
 
     def _with_added(self, logits: torch.Tensor, where: torch.Tensor, width: AddedTokens) -> torch.Tensor:
         """The rows at `where` with the logits of added tokens behind the vocabulary: -inf for those without."""

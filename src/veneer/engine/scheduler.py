@@ -11,6 +11,9 @@ of a sequence alone (`Sequence.changes`); other rows are the base's.
 A sequence that asks for it gets a draft of what comes next (`lookup.py`) where a step has rows and pages to spare:
 the draft is computed with the token before it, and as much of it as the model would have said is taken.
 
+Sequences on a merged copy of their adapter (hot.py) read other weights than all others, so a step has either them
+or the others; while there are both, they take turns.
+
 Everything goes in order of arrival, which a preempted sequence keeps: the earliest sequence always gets on, and
 each becomes the earliest in its turn. Only a lack of adapter slots lets others pass, and not for ever: after
 `slot_patience` the adapter whose slot was held longest must yield. A sequence whose grammar is still being compiled
@@ -130,6 +133,11 @@ class Batch:
 
     items: list[Scheduled] = field(default_factory=list)
 
+    @property
+    def merged(self) -> bool:
+        """Whether it is a step of the merged copy."""
+        return bool(self.items) and self.items[0].sequence.merged
+
 
 class AdapterCounts(NamedTuple):
     running: int
@@ -177,6 +185,9 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.preemptions = 0
         self.refused: list[tuple[Sequence, InvalidRequest]] = []  # for the engine to take: `_prepare`
+        self.has_copy = False  # set by the engine: there is a merged copy of some adapter
+        self.joining: str | None = None  # likewise: the adapter whose sequences start on it
+        self._merged_turn = False  # the last step was the copy's
         self._by_id: dict[str, Sequence] = {}
         self._orders = count()
         self._holds: dict[str, _Hold] = {}  # longest held first
@@ -198,7 +209,7 @@ class Scheduler:
         sequence.order = next(self._orders)
         self._by_id[sequence.id] = sequence
         self.waiting.append(sequence)
-        if sequence.adapter is not None:
+        if sequence.adapter is not None and sequence.adapter != self.joining:
             self.gate.prefetch(sequence.adapter)
 
     def finish(self, sequence: Sequence) -> None:
@@ -214,7 +225,7 @@ class Scheduler:
 
     def fail_adapter(self, digest: str) -> list[Sequence]:
         """Take out all sequences of an adapter that cannot be loaded."""
-        return self._remove_all(lambda sequence: sequence.adapter == digest)
+        return self._remove_all(lambda sequence: sequence.adapter == digest and not sequence.merged)
 
     def unmatched(self) -> list[Sequence]:
         """Take out all sequences whose grammar was found wrong, or too costly."""
@@ -236,6 +247,14 @@ class Scheduler:
     def schedule(self) -> Batch:
         """Plan the next step, within `max_num_batched_tokens` and `max_num_seqs`. Moves nothing forward."""
         self._yield_slots()
+        for merged in (not self._merged_turn, self._merged_turn) if self.has_copy else (False,):
+            if items := self._plan(merged):
+                self._merged_turn = merged
+                return Batch(items)
+        return Batch()
+
+    def _plan(self, merged: bool) -> list[Scheduled]:
+        """A step of the sequences on the merged copy, or of the others."""
         items: list[Scheduled] = []
         budget = self.max_num_batched_tokens
 
@@ -247,10 +266,10 @@ class Scheduler:
             items.append(Scheduled(sequence, sequence.num_computed, chunk, samples, lead))
 
         # All that run fit in the budget: they did in the step before, and at most one of them in part.
-        for sequence in [s for s in self.running if s.num_uncomputed == 1]:
+        for sequence in [s for s in self.running if s.merged == merged and s.num_uncomputed == 1]:
             if self._make_room(sequence):
                 plan(sequence)
-        for sequence in [s for s in self.running if s.num_uncomputed > 1]:
+        for sequence in [s for s in self.running if s.merged == merged and s.num_uncomputed > 1]:
             plan(sequence)
         if budget and len(self.running) < self.max_num_seqs:
             self._absent.clear()
@@ -261,8 +280,10 @@ class Scheduler:
                 continue  # others need not wait for an adapter that is not there, or a grammar
             if not self.pool.can_allocate(sequence):
                 break  # smaller ones behind it would starve it; it keeps its slot meanwhile
+            if sequence.merged != merged:
+                break  # it has the next turn, and whoever passed it could take its room
             plan(sequence, self._start(sequence))
-        return Batch(self._with_drafts(items, budget))
+        return self._with_drafts(items, budget)
 
     def schedule_ahead(self, batch: Batch) -> Batch | None:
         """Plan the step after `batch`, which is not committed yet: the same sequences, one token further.
@@ -374,6 +395,22 @@ class Scheduler:
         sequence.preemptions += 1
         self.preemptions += 1
 
+    # ---- merged copy ----------------------------------------------------------------------------
+
+    @property
+    def uses_copy(self) -> bool:
+        """Whether there are sequences on the merged copy, or waiting for it."""
+        return any(sequence.merged for sequence in self._by_id.values())
+
+    def leave_copy(self) -> None:
+        """Nothing is on the merged copy from here on: its sequences go on with their adapter's slot."""
+        self.has_copy, self.joining = False, None
+        for sequence in [each for each in self._by_id.values() if each.merged]:
+            if sequence.is_running:
+                self._preempt(sequence)
+            sequence.merged = False
+            sequence.page_keys = []
+
     # ---- slots ----------------------------------------------------------------------------------
 
     def _may_start(self, sequence: Sequence) -> bool:
@@ -381,12 +418,15 @@ class Scheduler:
         return (sequence.matcher is None or sequence.matcher.is_ready) and self._get_slot(sequence)
 
     def _get_slot(self, sequence: Sequence) -> bool:
-        """Whether the sequence has what it needs of its adapter: a slot, or no adapter.
+        """Whether the sequence has what it needs of its adapter: a slot, its merged copy, or no adapter.
 
         Takes it out when it turns out to be too long with the adapter's virtual tokens.
         """
         digest = sequence.adapter
-        if digest is None or sequence.slot >= 0:
+        if digest is None or sequence.slot >= 0 or sequence.merged:
+            return True
+        if digest == self.joining and not sequence.preemptions:  # what began with a slot ends with one
+            sequence.merged = True
             return True
         slot = self.gate.acquire(digest) if self._may_acquire(digest) else None
         if slot is None:

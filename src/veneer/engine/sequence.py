@@ -44,6 +44,7 @@ class Sequence:
     # Set by the scheduler.
     order: int = -1  # place in the order of arrival, kept through preemptions
     slot: int = -1  # device slot of the adapter; -1 = none held, or the base
+    merged: bool = False  # it needs no slot: a merged copy of its adapter computes it (hot.py)
     num_virtual: int | None = None  # virtual tokens; None until the adapter was first on the device
     num_unplaced: int = 0  # virtual tokens that take no position: all that follow stand so many earlier
     changes: tuple[Change, ...] = ALWAYS  # by start; before the first the base alone acts

@@ -262,6 +262,19 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     )
     adapters.add_argument("--adapter-memory", type=size, metavar="SIZE", help="adapters on the device")
     adapters.add_argument("--host-adapter-memory", type=size, metavar="SIZE", help="adapters in host memory")
+    adapters.add_argument(
+        "--hot-adapter-memory",
+        type=size,
+        default=0,
+        metavar="SIZE",
+        help="for a merged copy of the adapter that most tokens are for, on the CPU; 0: none is made (0)",
+    )
+    adapters.add_argument(
+        "--hot-adapter-format",
+        choices=("full", "nf4"),
+        default="full",
+        help="of that copy: full, the type that is computed in, or nf4, quantized again (%(default)s)",
+    )
 
     jobs = parser.add_argument_group("fine-tuning jobs")
     jobs.add_argument(

@@ -30,7 +30,8 @@ def _answer(status: int, body: dict[str, Any]) -> Response:
 async def health(request: Request) -> Response:
     """What the server serves with; `engine` is null until it has started, `notes` names its fallbacks.
 
-    `job` is the fine-tuning job that it trains now, or null.
+    `job` is the fine-tuning job that it trains now, or null; `hot_adapter` the merged copy of the adapter that
+    dominates (docs/hot-adapters.md), or null where none is made.
     """
     state = state_of(request)
     engine = state.engine
@@ -41,6 +42,7 @@ async def health(request: Request) -> Response:
         "engine": engine.info,
         "restarts": engine.restarts,
         "job": _job(supervisor_of(request).progress),
+        "hot_adapter": None if engine.stats is None else engine.stats.hot_adapter,
     }
     if engine.last_error is not None:
         body["last_error"] = engine.last_error

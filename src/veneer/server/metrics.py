@@ -27,7 +27,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from veneer.engine.messages import AdapterStats, EngineInfo, Stats
+from veneer.engine.messages import AdapterStats, EngineInfo, HotAdapter, Stats
 from veneer.server.jobs import Progress
 from veneer.training.jobs.job_schema import Status
 
@@ -155,6 +155,8 @@ class _EngineCollector(Collector):
         if self.view.stats is not None:
             yield from _step_families(self.view.model_name, self.view.stats)
             yield from self._adapter_families(self.view, self.view.stats)
+            if self.view.stats.hot_adapter is not None:
+                yield from _hot_families(self.view.stats.hot_adapter)
 
     def _adapter_families(self, view: EngineView, stats: Stats) -> Iterator[Metric]:
         loads: dict[str, int] = defaultdict(int)
@@ -246,6 +248,26 @@ def _step_families(model_name: str, stats: Stats) -> Iterator[Metric]:
         counter = CounterMetricFamily(name, text, labels=["model_name"])
         counter.add_metric([model_name], count)
         yield counter
+
+
+def _hot_families(hot: HotAdapter) -> Iterator[Metric]:
+    gauges = {
+        "bytes": ("Merged copy of the adapter that dominates, 0 without one", hot.bytes),
+        "error": ("Relative error of its weights", hot.error),
+        "lost": ("The same over the size of what the adapter changes", hot.lost),
+        "tokens_per_second": ("Of busy time, with the copy", hot.tokens_per_second),
+        "tokens_per_second_before": ("Of equal rounds without it", hot.tokens_per_second_before),
+    }
+    for name, (text, value) in gauges.items():
+        yield GaugeMetricFamily(f"veneer_hot_adapter_{name}", text, value or 0)
+    yield CounterMetricFamily("veneer_hot_adapter_steps", "Steps run on merged copies", hot.steps)
+    yield CounterMetricFamily("veneer_hot_adapter_copies_made", "Merged copies made", hot.made)
+    dropped = CounterMetricFamily(
+        "veneer_hot_adapter_copies_dropped", "Merged copies dropped or not possible", labels=["reason"]
+    )
+    for reason, times in sorted(hot.dropped.items()):
+        dropped.add_metric([reason], times)
+    yield dropped
 
 
 def _by_adapter(name: str, text: str, values: Mapping[str, int]) -> Metric:

@@ -126,6 +126,8 @@ def options_from(arguments: argparse.Namespace, folder: Path) -> ServeOptions:
         training_share=arguments.training_share,
         training_latency=arguments.training_latency,
         training_memory=arguments.training_memory,
+        hot_adapter_memory=arguments.hot_adapter_memory,
+        hot_adapter_format=arguments.hot_adapter_format,
     )
     return ServeOptions(
         served_name=name,
