@@ -126,6 +126,16 @@ def test_serving(tmp_path: Path) -> None:
         assert 0 < curve["events_per_token"] <= 1.0  # what comes together travels together
 
 
+def test_hot(tmp_path: Path) -> None:
+    found = rows(report(tmp_path, "hot", "--rounds", "1", "--output-tokens", "4"))
+    for row in found.values():
+        assert row["ratio"] == pytest.approx(row["peers"]["slot"] / row["ours_us"])
+        assert row["bytes"] > 0
+    full, quantized = found["hot", "full"], found["hot", "nf4"]
+    assert full["error"] == 0
+    assert quantized["error"] > 0
+
+
 def test_coserving(tmp_path: Path) -> None:
     found = rows(report(tmp_path, "coserving", "--seconds", "0.5", "--length", "16", "--batch", "1"))
     latency, training = found["coserving", "itl-p99"], found["coserving", "train"]

@@ -56,6 +56,7 @@ def test_serve_flags_reach_the_engine(tmp_path: Path) -> None:
         *("--max-loras", "3", "--max-lora-rank", "32", "--adapter-memory", "64MiB"),
         *("--max-module-bytes", "8MiB", "--max-added-tokens", "5"),
         *("--host-adapter-memory", "128MiB", "--threads", "2", "--store", str(tmp_path)),
+        *("--hot-adapter-memory", "1MiB", "--hot-adapter-format", "nf4"),
     )
     engine = options.engine
     assert (engine.model, engine.store) == ("/models/tiny", str(tmp_path))
@@ -66,7 +67,14 @@ def test_serve_flags_reach_the_engine(tmp_path: Path) -> None:
     assert (engine.max_loras, engine.max_lora_rank, engine.max_added_tokens) == (3, 32, 5)
     assert engine.max_module_bytes == 8 << 20
     assert (engine.adapter_memory, engine.host_adapter_memory, engine.threads) == (64 << 20, 128 << 20, 2)
+    assert (engine.hot_adapter_memory, engine.hot_adapter_format) == (1 << 20, "nf4")
     assert options.served_name == "org/tiny"
+
+
+@pytest.mark.parametrize("flag", ["--hot-adapter-memory=some", "--hot-adapter-format=auto"])
+def test_wrong_flags_are_refused(flag: str) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["serve", flag])
 
 
 def test_serve_flags_reach_the_server(tmp_path: Path) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from veneer.engine.messages import AdapterStats, EngineInfo, Stats
+from veneer.engine.messages import AdapterStats, EngineInfo, HotAdapter, Stats
 from veneer.server.metrics import BASE, OTHER, EngineView, PrometheusMetrics
 
 INFO = EngineInfo(
@@ -104,6 +105,22 @@ def test_engine_totals_become_counters() -> None:
     assert found["vllm:num_requests_running", "tiny"] == 2
     assert found["vllm:num_requests_waiting", "tiny"] == 3
     assert found["vllm:kv_cache_usage_perc", "tiny"] == 0.25
+
+
+def test_a_merged_copy_is_told_of() -> None:
+    hot = HotAdapter(
+        state="serving", format="nf4", bytes=9, error=0.1, steps=5, made=3, dropped={"memory": 2}
+    )
+    view = EngineView(
+        model_name="tiny", state="ready", info=INFO, stats=msgspec.structs.replace(stats(), hot_adapter=hot)
+    )
+    found = scrape(PrometheusMetrics(), view)
+    assert found["veneer_hot_adapter_bytes",] == 9
+    assert found["veneer_hot_adapter_error",] == 0.1
+    assert found["veneer_hot_adapter_tokens_per_second",] == 0
+    assert found["veneer_hot_adapter_steps_total",] == 5
+    assert found["veneer_hot_adapter_copies_made_total",] == 3
+    assert found["veneer_hot_adapter_copies_dropped_total", "memory"] == 2
 
 
 def test_lora_requests_info_has_vllms_labels() -> None:

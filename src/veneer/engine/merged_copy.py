@@ -86,7 +86,7 @@ def make_copy(
         lost.add(distance, _square(change))
     if lost.relative >= 1:
         raise AdapterRefused(
-            f"in format {form} the copy is {lost.relative:.2g} times as far from the adapter's weights as the base "
+            f"in format {form} the copy is {lost.relative:.2f} times as far from the adapter's weights as the base "
             "without any adapter; use format full"
         )
     return MergedCopy(key, {**_neighbours(base, linears), **linears}, size, error.relative, lost.relative)
