@@ -54,26 +54,19 @@ class HotAdapter:
         *,
         submit: Callable[[messages.Generate, bool], None],
         wake: Callable[[], None],
-        policy: HotPolicy | None = None,
-        clock: Callable[[], float] = time.monotonic,
-        available: Callable[[], int] = available_memory,
     ) -> None:
         """`submit` queues a request, on the copy or not; `wake` is called from another thread with news."""
         self._budget, self._format = config.hot_adapter_memory, config.hot_adapter_format
         self._base, self._residency, self._scheduler, self._runner = base, residency, scheduler, runner
-        (
-            self._probe,
-            self._submit,
-            self._wake,
-        ) = probe, submit, wake
-        self._clock, self._available = clock, available
-        self._policy = policy or HotPolicy()
+        self._probe, self._submit, self._wake = probe, submit, wake
+        self._available = available_memory
+        self._policy = HotPolicy()
         self._threads = ThreadPoolExecutor(1, "merged-copy")
         self._calls = (f"hot/{number}" for number in count())
         self._call = ""  # of the probe
         self._job: Future[MergedCopy | None] | None = None
         self._ended = Event()  # the job is for nothing
-        self._refused: dict[str, str] = {}  # adapters that can have no copy, and why
+        self._refused: set[str] = set()  # adapters that can have no copy
         self._freed: list[Future[None]] = []  # done when the copy is gone
         self._looked = -INTERVAL
         self._reason = ""  # why the copy is leaving
@@ -96,7 +89,7 @@ class HotAdapter:
 
     def poll(self) -> None:
         """Go on."""
-        now = self._clock()
+        now = time.monotonic()
         looks = now - self._looked >= INTERVAL
         if looks:
             self._looked = now
@@ -160,8 +153,8 @@ class HotAdapter:
         assert key is not None
         try:
             copy = job.result()
-        except VeneerError as error:
-            self._refused[key] = error.message
+        except AdapterRefused as error:
+            self._refused.add(key)
             self._fail("refused", error.message)
             return
         except Exception as error:
