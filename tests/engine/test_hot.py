@@ -236,6 +236,17 @@ def test_scores_and_vectors_of_a_prompt_come_from_the_copy(make: Any) -> None:
     assert shown(driver).steps > steps
 
 
+def test_drafts_are_checked_on_the_copy(make: Any) -> None:
+    driver = make()
+    prompt = [7, 8, 9, 10] * 4
+    expected = driver.generate(prompt, LORA, max_tokens=24)
+    heat(driver, LORA)
+    drafted, steps = driver.engine.draft_tokens, shown(driver).steps
+    assert driver.generate(prompt, LORA, max_tokens=24, draft_tokens=4, prediction=expected) == expected
+    assert driver.engine.draft_tokens > drafted
+    assert 0 < shown(driver).steps - steps < 24
+
+
 # ---- when it goes -----------------------------------------------------------------------------------
 
 
