@@ -26,7 +26,7 @@ from benchmarks.models import random_program
 from veneer.engine.engine import Engine
 from veneer.engine.merged_copy import MergedCopy, make_copy
 
-REQUESTS, PROMPT, STRENGTH = 16, 64, 20
+REQUESTS, PROMPT, STRENGTH = 16, 64, 40
 PEERS = ("slot", "base")
 
 

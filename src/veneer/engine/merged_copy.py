@@ -5,13 +5,13 @@ Everything else, the base's other layers and all its tensors, is the base's own 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from veneer.adapters.cutting import Loss
 from veneer.adapters.deltas import bias_change, weight_change
 from veneer.adapters.program import EMBEDDING, Program
 from veneer.engine.base import Base
@@ -20,6 +20,8 @@ from veneer.engine.layers import AdaptedLinear
 from veneer.engine.packed import DequantizingLinear, FusedPart, dequantized
 from veneer.errors import AdapterRefused
 from veneer.kernels.nf4_layout import BLOCK
+
+MOST_LOST = 0.5  # of what an adapter changes; a copy that loses more is another adapter
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,12 @@ def make_copy(
     """Make the copy of a program that `copy_bytes` takes, site by site; None when `ended` says so meanwhile.
 
     Raises:
-        AdapterRefused: the program has an activation, or what rounding takes away is all of it.
+        AdapterRefused: the program has an activation, or rounding takes away too much of it.
     """
     numbers = {name: number for number, name in enumerate(base.sites)}
     linears: dict[int, nn.Module] = {}
-    error, lost, size = Loss(), Loss(), 0
+    distance = of_weights = of_change = 0.0  # squares
+    size = 0
     for name, part in program.sites.items():
         if ended():
             return None
@@ -81,15 +84,18 @@ def make_copy(
             bias = moved if bias is None else bias + moved
         linears[numbers[name]] = linear = _linear(exact, bias, base, form)
         size += sum(tensor.nbytes for tensor in (*linear.parameters(), *linear.buffers()))
-        distance = _square(dequantized(linear) - exact)
-        error.add(distance, _square(exact))
-        lost.add(distance, _square(change))
-    if lost.relative >= 1:
+        distance += _square(dequantized(linear) - exact)
+        of_weights += _square(exact)
+        of_change += _square(change)
+    error = math.sqrt(distance / of_weights) if distance else 0.0
+    lost = math.sqrt(distance / of_change) if distance and of_change else math.inf if distance else 0.0
+    if lost > MOST_LOST:
+        better = "use format full" if form == "nf4" else "serve in float32 (--dtype)"
         raise AdapterRefused(
-            f"in format {form} the copy is {lost.relative:.2f} times as far from the adapter's weights as the base "
-            "without any adapter; use format full"
+            f"in format {form}, {base.dtype}, its copy would lose {lost:.2f} of what the adapter changes "
+            f"(‖W - (W0 + ΔW)‖ over ‖ΔW‖), and {MOST_LOST} is the most. For a copy {better}"
         )
-    return MergedCopy(key, {**_neighbours(base, linears), **linears}, size, error.relative, lost.relative)
+    return MergedCopy(key, {**_neighbours(base, linears), **linears}, size, error, lost)
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None, base: Base, form: str) -> nn.Module:
