@@ -56,9 +56,7 @@ class HotPolicy:
         self._busy = 0.0  # seconds since the start
         self._since = 0.0  # seconds since `restart`
         self._before: Mapping[int, Cost] = {}
-        self._waits: dict[
-            str, tuple[float, float]
-        ] = {}  # adapter -> until when by `_busy`, and how long that was
+        self._waits: dict[str, tuple[float, float]] = {}  # adapter -> until when by `_busy`, and that wait
 
     def stepped(self, tokens: Mapping[str | None, int], seconds: float, merged: bool) -> None:
         """A step took so long; `merged`: it was the copy's."""
