@@ -26,7 +26,7 @@ from benchmarks.models import random_program
 from veneer.engine.engine import Engine
 from veneer.engine.merged_copy import MergedCopy, make_copy
 
-REQUESTS, PROMPT, STRENGTH = 16, 64, 40
+REQUESTS, PROMPT, STRENGTH = 16, 16, 40
 PEERS = ("slot", "base")
 
 
@@ -82,8 +82,8 @@ def measure(shapes: str, rounds: int, output: int) -> list[Row]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shapes", choices=("packaged", "tiny"), default="packaged")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output-tokens", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--output-tokens", type=int, default=8)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="a folder")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
