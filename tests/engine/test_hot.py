@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -390,6 +391,16 @@ def test_it_comes_with_traffic_and_stays_only_when_it_is_faster(make: Any, facto
 
 def test_off_unless_asked_for(make_engine: Callable[..., Any], base: Path) -> None:
     assert make_engine(base).engine.stats().hot_adapter is None
+
+
+def test_an_engine_with_a_copy_is_freed_with_its_last_reference(make: Any) -> None:
+    first = make()  # which the fixture refers to
+    driver = type(first)(first.engine.config)
+    heat(driver, LORA)
+    driver.engine.close()
+    engine = weakref.ref(driver.engine)
+    del driver
+    assert engine() is None
 
 
 def test_refused_on_cuda(

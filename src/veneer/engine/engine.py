@@ -226,7 +226,7 @@ class Engine:
         current, self._ahead = self._ahead, None
         if current is None:
             if self._hot is not None:
-                self._hot.poll()
+                self._hot.poll(self._submit)
             batch = self.scheduler.schedule()
             current = self.runner.launch(batch) if batch.items else None
         if current is not None:
@@ -393,7 +393,6 @@ class Engine:
             self.scheduler,
             self.runner,
             self._probe,
-            submit=self._submit,
             wake=wake,
         )
 

@@ -52,13 +52,12 @@ class HotAdapter:
         runner: Runner,
         probe: EffectProbe,
         *,
-        submit: Callable[[messages.Generate, bool], None],
         wake: Callable[[], None],
     ) -> None:
-        """`submit` queues a request, on the copy or not; `wake` is called from another thread with news."""
+        """`wake` is called from another thread when `poll` has news."""
         self._budget, self._format = config.hot_adapter_memory, config.hot_adapter_format
         self._base, self._residency, self._scheduler, self._runner = base, residency, scheduler, runner
-        self._probe, self._submit, self._wake = probe, submit, wake
+        self._probe, self._wake = probe, wake
         self._available = available_memory
         self._policy = HotPolicy()
         self._threads = ThreadPoolExecutor(1, "merged-copy")
@@ -87,8 +86,8 @@ class HotAdapter:
         self._policy.stepped(tokens, seconds, batch.merged)
         self._steps += batch.merged
 
-    def poll(self) -> None:
-        """Go on."""
+    def poll(self, submit: Callable[[messages.Generate, bool], None]) -> None:
+        """Go on. `submit` queues a request, on the copy or not."""
         now = time.monotonic()
         looks = now - self._looked >= INTERVAL
         if looks:
@@ -100,7 +99,7 @@ class HotAdapter:
             case "watching" if looks:
                 self._watch()
             case "making" if self._job is not None and self._job.done():
-                self._take_over(self._job)
+                self._take_over(self._job, submit)
             case "checking" if self._probe.done(self._call):
                 self._open()
             case "serving" if looks:
@@ -147,7 +146,9 @@ class HotAdapter:
         self._job = self._threads.submit(self._make, key, self._residency.inspect(key), self._ended)
         self._job.add_done_callback(lambda job: self._wake())
 
-    def _take_over(self, job: Future[MergedCopy | None]) -> None:
+    def _take_over(
+        self, job: Future[MergedCopy | None], submit: Callable[[messages.Generate, bool], None]
+    ) -> None:
         """The copy is made, or was not possible."""
         key, self._job = self.key, None
         assert key is not None
@@ -170,8 +171,8 @@ class HotAdapter:
         self._show("checking", adapter=key, bytes=copy.bytes, error=copy.error, lost=copy.lost)
         without, on_copy = self._probe.requests(self._call, key)
         try:
-            self._submit(msgspec.structs.replace(without, adapter=key), False)
-            self._submit(on_copy, True)
+            submit(msgspec.structs.replace(without, adapter=key), False)
+            submit(on_copy, True)
         except VeneerError as error:
             self._drop_back(error)
 
