@@ -5,30 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.models import KV_TOKENS, POSITIONS, adapter_bytes, kv_token_bytes, random_base, random_program
+from benchmarks.models import KV_TOKENS, POSITIONS, adapter_bytes, kv_token_bytes, random_program
 
 from veneer.adapters.packing import pack, packed_size, shared_size
 from veneer.adapters.program import Program
-from veneer.engine.base import Base, load_base, resolve_device, resolve_dtype, resolve_nf4_kernels
+from veneer.engine.base import Base
 from veneer.engine.config import EngineConfig
 from veneer.engine.engine import Engine
 from veneer.engine.messages import Generate, Outputs, SamplingParams, SequenceOutput
-from veneer.engine.source import resolve
 
 
 def digest(index: int) -> str:
     """Stands for the content of adapter `index`."""
     return f"{index:064x}"
-
-
-def shaped_base(shapes: str, layers: int | None = None) -> Base:
-    """A random base of these shapes, or with "packaged" the default base; in NF4."""
-    if shapes != "packaged":
-        return random_base(layers, shapes)
-    device = resolve_device("auto")
-    dtype = resolve_dtype("auto", device)
-    own = resolve_nf4_kernels("auto", "nf4", dtype, device)
-    return load_base(resolve(None), quantization="nf4", dtype=dtype, device=device, own_kernels=own)
 
 
 def program_bytes(base: Base, *programs: Program) -> int:

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 from benchmarks.device import Row, device_name, measure_ceilings, print_rows, write_report
-from benchmarks.engines import digest, generate, random_engine, shaped_base, step_bytes, step_outputs
-from benchmarks.models import random_program
+from benchmarks.engines import digest, generate, random_engine, step_bytes, step_outputs
+from benchmarks.models import make_base, random_program
 
 from veneer.engine.engine import Engine
 from veneer.engine.merged_copy import MergedCopy, make_copy
@@ -46,7 +46,7 @@ def token_us(engine: Engine, name: str, copy: MergedCopy | None, adapter: int | 
 
 
 def measure(shapes: str, rounds: int, output: int) -> list[Row]:
-    base = shaped_base(shapes)
+    base = make_base(shapes)
     program = random_program(base)
     strong = {
         name: replace(part, b=STRENGTH * part.b) for name, part in program.sites.items() if part.b is not None
