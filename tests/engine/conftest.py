@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from veneer.engine.config import EngineConfig
-from veneer.engine.graphs import LENGTHS, DecodeGraphs, Variant, _Captured, buckets_up_to
+from veneer.engine.graphs import DecodeGraphs, Variant, _Captured, buckets_up_to
 from veneer.engine.messages import AdapterChecked, Done, Generate, Outputs, SamplingParams, SequenceOutput
+from veneer.engine.step_tables import LENGTHS
 from veneer.kernels.tables import Segment
 
 

@@ -12,10 +12,11 @@ from peft import LoraConfig
 from peft.tuners.lora.variants import calculate_alora_offsets
 from tests.engine.adapters import PAGE, Peft, check_against_peft, digest_of, load, save_random
 
-from veneer.engine.graphs import DecodeGraphs, MixedGraphs, StepGraphs, head_segments_of, segments_of
+from veneer.engine.batch import Scheduled
+from veneer.engine.graphs import DecodeGraphs, MixedGraphs, StepGraphs
 from veneer.engine.messages import CheckAdapter, SamplingParams
-from veneer.engine.scheduler import Scheduled
 from veneer.engine.sequence import Change, Sequence
+from veneer.engine.step_tables import head_segments_of, segments_of
 from veneer.kernels.low_rank import make_tiles
 from veneer.kernels.tables import BASE_SLOT, Segment
 

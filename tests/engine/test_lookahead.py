@@ -13,8 +13,9 @@ import pytest
 import torch
 from tests.engine.adapters import PAGE, save_lora
 
-from veneer.engine.graphs import LENGTHS, DecodeGraphs, Variant, _Captured, buckets_up_to
+from veneer.engine.graphs import DecodeGraphs, Variant, _Captured, buckets_up_to
 from veneer.engine.messages import Cancel, Done, DropAdapter, SequenceOutput
+from veneer.engine.step_tables import LENGTHS
 from veneer.kernels.tables import Segment
 
 ADAPTERS = [f"{rank:064x}" for rank in (2, 5, 16)]

@@ -19,10 +19,11 @@ from typing import NamedTuple
 import pytest
 
 from veneer.adapters.reach import Reach, Span
+from veneer.engine.batch import Batch, Scheduled
 from veneer.engine.lookup import PromptLookup
 from veneer.engine.messages import SamplingParams
 from veneer.engine.pages import PagePool
-from veneer.engine.scheduler import AdapterCounts, Batch, Scheduled, Scheduler
+from veneer.engine.scheduler import AdapterCounts, Scheduler
 from veneer.engine.sequence import VIRTUAL, Change, Sequence
 from veneer.errors import InvalidRequest, QueueFull
 

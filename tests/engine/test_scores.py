@@ -19,8 +19,8 @@ from peft import (
 from peft.tuners.lora.variants import calculate_alora_offsets
 from tests.engine.adapters import PAGE, Peft, digest_of, load, save_random
 
+from veneer.engine.batch import Scheduled
 from veneer.engine.messages import SamplingParams, TokenLogprobs
-from veneer.engine.scheduler import Scheduled
 from veneer.engine.scores import PIECE_ROWS, pieces_of
 from veneer.engine.sequence import Sequence
 

@@ -28,6 +28,7 @@ from veneer.adapters.registry import lower
 from veneer.adapters.residency import Residency
 from veneer.engine import messages
 from veneer.engine.base import Base, load_base, resolve_device, resolve_dtype, resolve_nf4_kernels
+from veneer.engine.batch import Scheduled
 from veneer.engine.check import AdapterCheck, describe
 from veneer.engine.config import GIB, EngineConfig
 from veneer.engine.grammars import Grammars
@@ -40,7 +41,7 @@ from veneer.engine.pooling import pooled_bytes
 from veneer.engine.probe import EffectProbe
 from veneer.engine.runner import Launched, Runner, kv_page_bytes
 from veneer.engine.sampling import Choice
-from veneer.engine.scheduler import Scheduled, Scheduler
+from veneer.engine.scheduler import Scheduler
 from veneer.engine.sequence import Sequence
 from veneer.errors import DeadlineExceeded, InvalidRequest, VeneerError
 from veneer.kernels.backend import resolve

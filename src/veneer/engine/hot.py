@@ -25,13 +25,14 @@ from veneer.adapters.recipes import digests_of
 from veneer.adapters.residency import Residency
 from veneer.engine import messages
 from veneer.engine.base import Base
+from veneer.engine.batch import Batch
 from veneer.engine.config import EngineConfig
 from veneer.engine.hot_policy import HotPolicy
 from veneer.engine.memory import available_memory
 from veneer.engine.merged_copy import MergedCopy, copy_bytes, make_copy
 from veneer.engine.probe import EffectProbe
 from veneer.engine.runner import Runner
-from veneer.engine.scheduler import Batch, Scheduler
+from veneer.engine.scheduler import Scheduler
 from veneer.errors import AdapterRefused, VeneerError
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from veneer.engine.scheduler import Scheduled
+from veneer.engine.batch import Scheduled
 from veneer.engine.sequence import Sequence
 
 

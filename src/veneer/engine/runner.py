@@ -27,6 +27,7 @@ from torch import nn
 from veneer.adapters.packing import AddedTokens
 from veneer.adapters.residency import Residency
 from veneer.engine.base import Base
+from veneer.engine.batch import Batch, Scheduled
 from veneer.engine.grammars import Grammars, Words
 from veneer.engine.graphs import (
     MIXED_BUCKETS,
@@ -34,16 +35,14 @@ from veneer.engine.graphs import (
     MixedGraphs,
     StepGraphs,
     Variant,
-    head_segments_of,
-    segments_of,
 )
 from veneer.engine.merged_copy import MergedCopy
 from veneer.engine.messages import SamplingParams, TokenLogprobs
 from veneer.engine.pooling import Pooled, pool
 from veneer.engine.sampling import Choice, Sampled, SamplingRow, sample, top_logprobs
-from veneer.engine.scheduler import Batch, Scheduled
 from veneer.engine.scores import Scored, pieces_of
 from veneer.engine.sequence import Sequence
+from veneer.engine.step_tables import head_segments_of, segments_of
 from veneer.engine.virtual_tokens import VirtualTokens, slots_of
 from veneer.kernels.attention import PagedBatch
 from veneer.kernels.low_rank import Workspace, make_tiles

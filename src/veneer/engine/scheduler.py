@@ -26,135 +26,20 @@ from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import count
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from veneer.adapters.reach import Reach
+from veneer.engine.batch import Batch, Scheduled
 from veneer.engine.pages import PagePool
 from veneer.engine.sequence import Sequence
+from veneer.engine.slots import AdapterGate, AdapterSlots
 from veneer.errors import InvalidRequest, QueueFull
-
-
-class AdapterGate(Protocol):
-    """Which adapters are on the device. Nothing here waits: loads go on in the background.
-
-    Adapters are loaded in the order in which they were asked for, as soon as there is room beside those with
-    users. One that is loaded is kept for a while for whoever asked for it.
-    """
-
-    def prefetch(self, digest: str) -> None:
-        """Ask for the adapter; asking again changes nothing."""
-
-    def acquire(self, digest: str) -> int | None:
-        """Ask for the adapter, and when it is resident count a user and return its slot."""
-
-    def reach(self, digest: str) -> Reach:
-        """On which tokens an adapter that was acquired acts, and what it puts in front of them."""
-
-    def release(self, digest: str) -> None:
-        """One user less."""
-
-    def is_blocked(self, digest: str) -> bool:
-        """Whether the adapter could be loaded now but for adapters with users."""
-
-    def is_pinned(self, digest: str) -> bool:
-        """Whether the adapter keeps its place whoever uses it, so that preempting its users frees nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Scheduled:
-    """A sequence's part of a step: tokens [start, start + count), the last of which may be a draft."""
-
-    sequence: Sequence
-    start: int
-    count: int
-    samples: bool  # the last token is among them, so the next one is sampled
-    lead: int = 0  # virtual tokens right before `start` whose keys and values must be copied first
-    draft: tuple[int, ...] = ()  # behind the last token: `Scheduler.commit` tells how much of it holds
-
-    @property
-    def tokens(self) -> list[int]:
-        """Those that are computed; not there yet in a step that was planned ahead."""
-        return [*self.sequence.tokens[self.start : self.start + self.count - len(self.draft)], *self.draft]
-
-    @property
-    def num_sampled(self) -> int:
-        """How many of its rows, the last ones, choose a token."""
-        return len(self.draft) + 1 if self.samples else 0
-
-    def accepted(self, chosen: Tokens[int]) -> list[int]:
-        """The new tokens: of those that its rows chose the ones before which the draft holds."""
-        right = 0
-        while right < min(len(self.draft), len(chosen) - 1) and chosen[right] == self.draft[right]:
-            right += 1
-        return list(chosen[: right + 1])
-
-    @property
-    def parts(self) -> list[tuple[int, int]]:
-        """Its rows in order, cut where another slot begins: (slot, rows). Slot -1 is the base."""
-        parts, at, stop = [], self.start, self.start + self.count
-        slot = -1
-        for start, offset in self.sequence.changes:
-            if start >= stop:
-                break
-            if start > at:
-                parts.append((slot, start - at))
-                at = start
-            slot = self._slot(offset)
-        return [*parts, (slot, stop - at)]
-
-    @property
-    def slot(self) -> int:
-        """The slot that its last row uses; -1 = the base."""
-        slot, last = -1, self.start + self.count - 1
-        for start, offset in self.sequence.changes:
-            if start > last:
-                break
-            slot = self._slot(offset)
-        return slot
-
-    @property
-    def unread(self) -> range:
-        """Those of its tokens whose hidden states are wanted."""
-        wanted = self.sequence.unread
-        if not wanted:
-            return wanted
-        return range(max(self.start, wanted.start), min(self.start + self.count, wanted.stop))
-
-    def _slot(self, offset: int | None) -> int:
-        slot = self.sequence.slot
-        return -1 if offset is None or slot < 0 else slot + offset
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One planned step: decodes, then prefills that go on, then new sequences."""
-
-    items: list[Scheduled] = field(default_factory=list)
-
-    @property
-    def merged(self) -> bool:
-        """Whether it is a step of the merged copy."""
-        return bool(self.items) and self.items[0].sequence.merged
 
 
 class AdapterCounts(NamedTuple):
     running: int
     waiting: int
-
-
-@dataclass
-class _Hold:
-    """An adapter whose slot sequences are using."""
-
-    since: float
-    users: dict[Sequence, int] = field(default_factory=dict)  # -> its output tokens when it got the slot
-
-    @property
-    def has_advanced(self) -> bool:
-        """Whether each user got a token for its time in the slot: if none did, yielding could go on for ever."""
-        return all(sequence.num_output_tokens > before for sequence, before in self.users.items())
 
 
 class Scheduler:
@@ -178,7 +63,6 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_queue = max_queue
-        self.slot_patience = slot_patience
         self.max_model_len = max_model_len
         self.clock = clock
         self.waiting: list[Sequence] = []  # both in order of arrival
@@ -190,11 +74,7 @@ class Scheduler:
         self._merged_turn = False  # the last step was the copy's
         self._by_id: dict[str, Sequence] = {}
         self._orders = count()
-        self._holds: dict[str, _Hold] = {}  # longest held first
-        self._turned_away: dict[str, float] = {}  # adapter -> since when it lacks a slot; longest first
-        self._absent: set[str] = set()  # adapters asked for in vain when sequences were last admitted
-        self._closing: set[str] = set()  # adapters that yield their slot once their users have advanced
-        self._yielded: dict[str, str] = {}  # adapter -> the one for which it gave up its slot
+        self._slots = AdapterSlots(gate, slot_patience, clock)
 
     # ---- in and out -----------------------------------------------------------------------------
 
@@ -246,7 +126,7 @@ class Scheduler:
 
     def schedule(self) -> Batch:
         """Plan the next step, within `max_num_batched_tokens` and `max_num_seqs`. Moves nothing forward."""
-        self._yield_slots()
+        self._slots.make_room(self.waiting, self.max_num_seqs, self._preempt)
         for merged in (not self._merged_turn, self._merged_turn) if self.has_copy else (False,):
             if items := self._plan(merged):
                 self._merged_turn = merged
@@ -272,7 +152,7 @@ class Scheduler:
         for sequence in [s for s in self.running if s.merged == merged and s.num_uncomputed > 1]:
             plan(sequence)
         if budget and len(self.running) < self.max_num_seqs:
-            self._absent.clear()
+            self._slots.start_over()
         for sequence in list(self.waiting):
             if not budget or len(self.running) == self.max_num_seqs:
                 break
@@ -368,13 +248,15 @@ class Scheduler:
         most = item.sequence.num_prompt_tokens + item.sequence.sampling.max_tokens
         return length >= min(most, self.max_model_len)
 
+    def _must_yield(self) -> bool:
+        return self._slots.must_yield(self.waiting, self.max_num_seqs)
+
     def _can_admit(self) -> bool:
         """Whether `schedule` would start a waiting sequence. It keeps its slot till then."""
         if len(self.running) >= self.max_num_seqs:
             return False
-        before, self._absent = self._absent, set()
-        first = next((sequence for sequence in list(self.waiting) if self._may_start(sequence)), None)
-        self._absent |= before  # `schedule` goes by those of its own attempts
+        with self._slots.probing():
+            first = next((sequence for sequence in list(self.waiting) if self._may_start(sequence)), None)
         return first is not None and self.pool.can_allocate(first)
 
     def _start(self, sequence: Sequence) -> int:
@@ -390,7 +272,7 @@ class Scheduler:
         """Back to the queue, to be recomputed from its tokens (from what the prefix cache keeps of them)."""
         self.running.remove(sequence)
         self.pool.free(sequence)
-        self._release_slot(sequence)
+        self._slots.release(sequence)
         insort(self.waiting, sequence, key=lambda s: s.order)
         sequence.preemptions += 1
         self.preemptions += 1
@@ -428,14 +310,8 @@ class Scheduler:
         if digest == self.joining and not sequence.preemptions:  # what began with a slot ends with one
             sequence.merged = True
             return True
-        slot = self.gate.acquire(digest) if self._may_acquire(digest) else None
-        if slot is None:
-            self._absent.add(digest)
-            self._turned_away.setdefault(digest, self.clock())
+        if not self._slots.take(sequence):
             return False
-        sequence.slot = slot
-        self._holds.setdefault(digest, _Hold(self.clock())).users[sequence] = sequence.num_output_tokens
-        self._turned_away.pop(digest, None)
         return sequence.num_virtual is not None or self._prepare(sequence, digest)
 
     def _prepare(self, sequence: Sequence, digest: str) -> bool:
@@ -448,65 +324,6 @@ class Scheduler:
             self._remove(sequence)
             return False
         return True
-
-    def _may_acquire(self, digest: str) -> bool:
-        yielded = self._yielded.get(digest) in self._turned_away  # its room is for another that still waits
-        return not yielded and digest not in self._closing and digest not in self._absent
-
-    def _release_slot(self, sequence: Sequence) -> None:
-        if sequence.adapter is None or sequence.slot < 0:
-            return
-        sequence.slot = -1
-        hold = self._holds[sequence.adapter]
-        del hold.users[sequence]
-        if not hold.users:
-            del self._holds[sequence.adapter]
-        self.gate.release(sequence.adapter)
-
-    def _yield_slots(self) -> None:
-        """While an adapter that waited too long lacks room, the one that held its slot longest yields it.
-
-        Only those held for `slot_patience` must yield, and only when their users have advanced; where some have
-        not, the adapter closes: no sequence joins it until they have.
-        """
-        self._forget_waits()
-        for digest in self._impatient()[: self.max_num_seqs]:  # more could not run at once
-            while self.gate.is_blocked(digest):
-                overdue = self._overdue()
-                held = next((held for held, hold in overdue.items() if hold.has_advanced), None)
-                if held is None:
-                    self._closing.update(overdue)
-                    return
-                self._yielded[held] = digest
-                for sequence in list(overdue[held].users):
-                    self._preempt(sequence)
-
-    def _forget_waits(self) -> None:
-        """Let go of what was noted for requests that wait no more, and of who was to yield."""
-        wanted = {sequence.adapter for sequence in self.waiting}
-        self._turned_away = {digest: since for digest, since in self._turned_away.items() if digest in wanted}
-        self._yielded = {held: by for held, by in self._yielded.items() if by in self._turned_away}
-        self._closing.clear()
-
-    def _must_yield(self) -> bool:
-        """Whether `_yield_slots` would have something to do."""
-        self._forget_waits()
-        impatient = self._impatient()[: self.max_num_seqs] if self._overdue() else []
-        return any(self.gate.is_blocked(digest) for digest in impatient)
-
-    def _impatient(self) -> list[str]:
-        """Adapters that waited too long for a slot and lack nothing else; longest first."""
-        latest = self.clock() - self.slot_patience
-        return [d for d, since in self._turned_away.items() if since <= latest and d in self._absent]
-
-    def _overdue(self) -> dict[str, _Hold]:
-        """Adapters that have held a slot too long, longest first."""
-        latest = self.clock() - self.slot_patience
-        return {
-            held: hold
-            for held, hold in self._holds.items()
-            if hold.since <= latest and not self.gate.is_pinned(held)
-        }
 
     # ---- checks and removal ---------------------------------------------------------------------
 
@@ -552,5 +369,5 @@ class Scheduler:
     def _remove(self, sequence: Sequence) -> None:
         (self.running if sequence.is_running else self.waiting).remove(sequence)
         self.pool.free(sequence)
-        self._release_slot(sequence)
+        self._slots.release(sequence)
         del self._by_id[sequence.id]

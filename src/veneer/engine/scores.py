@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from veneer.engine.batch import Scheduled
 from veneer.engine.messages import TokenLogprobs
 from veneer.engine.sampling import TopLogprobs
-from veneer.engine.scheduler import Scheduled
 
 PIECE_ROWS = 256  # in float32 131 MB for a vocabulary of 128 k, a few times over
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from veneer.adapters.residency import Residency, ResidentPrompt
 from veneer.engine.base import Base
-from veneer.engine.scheduler import Scheduled
+from veneer.engine.batch import Scheduled
 from veneer.kernels.attention import PagedBatch, write_kv
 from veneer.kernels.low_rank import make_tiles
 from veneer.kernels.tables import BASE_SLOT, Segment
