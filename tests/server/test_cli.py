@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from veneer.errors import InvalidRequest
-from veneer.server.cli import build_parser, main, seconds, size
+from veneer.server.cli import build_parser, main
+from veneer.server.cli_values import seconds, size
 from veneer.server.serve import ServeOptions, options_from, resolve_model
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,106 +16,16 @@ from typing import get_args
 import veneer
 from veneer.engine.source import DEFAULT_MODEL
 from veneer.errors import VeneerError
-from veneer.server.tool_calls.registry import FAMILIES
+from veneer.server.cli_values import (
+    positive,
+    rate,
+    size,
+)
+from veneer.server.serve_options import add_serve
 from veneer.training.evaluation.metrics import Metric
 from veneer.training.recipe import Kind
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_UNITS |= {f"{prefix}I": 1 << shift for prefix, shift in (("K", 10), ("M", 20), ("G", 30), ("T", 40))}
-
-
-def size(text: str) -> int:
-    """Bytes from `1048576`, `512MiB`, `4GiB`, `2GB`, `1.5G`."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?I?)B?", text.strip().upper())
-    if match is None or match[2] == "I":
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write bytes or for example 512MiB or 4GiB")
-    return int(float(match[1]) * _UNITS[match[2]])
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isascii() or not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def natural(text: str) -> int:
-    """A whole number, 0 included."""
-    if not text.isascii() or not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(text)
-
-
-def days(text: str) -> float:
-    """More than none, at most ten thousand."""
-    value = _number(text)
-    if not 0 < value <= 10_000:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of days above 0, at most 10000")
-    return value
-
-
-def port(text: str) -> int:
-    """A TCP port; 0 lets the system choose a free one."""
-    if not text.isascii() or not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
-    return int(text)
-
-
-def seconds(text: str) -> float:
-    """A finite time in seconds, 0 or more."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, 0 or more")
-    return value
-
-
-def share(text: str) -> float:
-    """A part, above 0 to 1."""
-    value = _number(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0, at most 1")
-    return value
-
-
-def factor(text: str) -> float:
-    """A number of at least 1."""
-    value = _number(text)
-    if not 1 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
-    return value
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")
-
-
-def rate(text: str) -> float:
-    """A finite number above 0."""
-    if (value := seconds(text)) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
-    return value
-
-
-def lora_module(text: str) -> tuple[str, str]:
-    """`name=path` as vLLM's --lora-modules takes it."""
-    name, separator, path = text.partition("=")
-    if not (name and separator and path):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
-    return name, path
-
-
-def default_store() -> Path:
-    """Where adapters live unless --store says otherwise: the user's data folder."""
-    home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(home) / "veneer" / "store"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -124,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="veneer", description="Many adapters on one quantized base model.")
     parser.add_argument("--version", action="version", version=f"veneer {veneer.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_serve(commands.add_parser("serve", help="serve a base model and its adapters over HTTP"))
+    add_serve(commands.add_parser("serve", help="serve a base model and its adapters over HTTP"))
     _add_prepare(
         commands.add_parser("prepare", help="download or convert a base model, so that serve starts fast")
     )
@@ -143,179 +52,6 @@ def build_parser() -> argparse.ArgumentParser:
         commands.add_parser("conformance", help="compare every kind of adapter with its own library")
     )
     return parser
-
-
-def _add_serve(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", nargs="?", default=DEFAULT_MODEL, help="folder, hub id or GGUF file (%(default)s)"
-    )
-    http = parser.add_argument_group("HTTP")
-    http.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    http.add_argument(
-        "--port", type=port, default=8000, help="port to listen on, 0 = any free one (%(default)s)"
-    )
-    http.add_argument("--served-model-name", help="the base's name in requests (the model's own name)")
-    http.add_argument(
-        "--api-key",
-        action="append",
-        default=[],
-        help="needed for all routes but /health and /ready; repeatable (also VENEER_API_KEY)",
-    )
-    http.add_argument(
-        "--admin-api-key", help="needed to add, change and delete adapters (also VENEER_ADMIN_API_KEY)"
-    )
-    http.add_argument(
-        "--tool-call-parser",
-        choices=sorted(FAMILIES),
-        help="the form of function calls (seen from the chat template)",
-    )
-    http.add_argument(
-        "--request-timeout",
-        type=seconds,
-        default=600.0,
-        help="seconds a request may take, 0 = any (%(default)s)",
-    )
-    http.add_argument(
-        "--shutdown-timeout",
-        type=seconds,
-        default=30.0,
-        help="seconds running requests get on SIGTERM (%(default)s)",
-    )
-    http.add_argument("--max-upload", type=size, default=size("4GiB"), help="largest adapter upload (4GiB)")
-    http.add_argument(
-        "--max-responses",
-        type=natural,
-        default=10_000,
-        help="newest responses of /v1/responses that are stored; 0: none (%(default)s)",
-    )
-    http.add_argument(
-        "--response-days",
-        type=days,
-        default=30.0,
-        help="how long a response is stored (%(default)s)",
-    )
-    http.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
-    http.add_argument("--access-log", action="store_true", help="log every HTTP request")
-
-    base = parser.add_argument_group("base model")
-    base.add_argument("--quantization", choices=("nf4", "int8", "none"), default="nf4")
-    base.add_argument(
-        "--nf4-kernels",
-        choices=("auto", "packed", "bitsandbytes"),
-        default="auto",
-        help="what multiplies NF4 weights; auto is packed, our own kernels, on CUDA in bfloat16 (%(default)s)",
-    )
-    base.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    base.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    base.add_argument("--max-model-len", type=positive, help="tokens of prompt and answer together")
-    base.add_argument("--max-num-seqs", type=positive, default=64, help="sequences in one step (%(default)s)")
-    base.add_argument("--max-num-batched-tokens", type=positive, help="tokens in one step")
-    base.add_argument("--max-queue", type=positive, default=1024, help="waiting sequences (%(default)s)")
-    base.add_argument("--kv-cache-memory", type=size, metavar="SIZE", help="KV cache, for example 4GiB")
-    base.add_argument("--block-size", type=positive, default=16, help="tokens in one KV page (%(default)s)")
-    base.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)
-    base.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
-    base.add_argument(
-        "--cuda-graphs",
-        choices=("decode", "all"),
-        default="all",
-        help="which steps; all: also those with prompt chunks, or dense or sparse changes (%(default)s)",
-    )
-    base.add_argument("--threads", type=positive, help="CPU threads of the engine")
-
-    adapters = parser.add_argument_group("adapters")
-    adapters.add_argument(
-        "--store", type=Path, default=default_store(), help="folder of adapters (%(default)s)"
-    )
-    adapters.add_argument(
-        "--lora-modules",
-        type=lora_module,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME=PATH",
-        help="adapters to register at the start: a folder or a hub id each",
-    )
-    adapters.add_argument(
-        "--adapter-dir",
-        type=Path,
-        action="append",
-        default=[],
-        help="clients may load adapters from folders below it by path; repeatable (none)",
-    )
-    adapters.add_argument("--max-loras", type=positive, default=8, help="device slots (%(default)s)")
-    adapters.add_argument(
-        "--max-lora-rank", type=positive, default=512, help="largest rank taken (%(default)s)"
-    )
-    adapters.add_argument(
-        "--max-added-tokens",
-        type=positive,
-        default=256,
-        help="tokens that an adapter may add to the vocabulary (%(default)s)",
-    )
-    adapters.add_argument(
-        "--max-module-bytes",
-        type=size,
-        default=256 << 20,
-        metavar="SIZE",
-        help="of a weight that an adapter replaces or changes in full (256MiB)",
-    )
-    adapters.add_argument("--adapter-memory", type=size, metavar="SIZE", help="adapters on the device")
-    adapters.add_argument("--host-adapter-memory", type=size, metavar="SIZE", help="adapters in host memory")
-    adapters.add_argument(
-        "--hot-adapter-memory",
-        type=size,
-        default=0,
-        metavar="SIZE",
-        help="for a merged copy of the adapter that most tokens are for, on the CPU; 0: none is made (0)",
-    )
-    adapters.add_argument(
-        "--hot-adapter-format",
-        choices=("full", "nf4"),
-        default="full",
-        help="of that copy: full, the type that is computed in, or nf4, quantized again (%(default)s)",
-    )
-
-    jobs = parser.add_argument_group("fine-tuning jobs")
-    jobs.add_argument(
-        "--training-share",
-        type=share,
-        default=0.5,
-        help="of the processor's time for training while requests run, above 0 to 1 (%(default)s)",
-    )
-    jobs.add_argument(
-        "--training-latency",
-        type=factor,
-        default=1.5,
-        help="on CUDA: time between tokens beside a job over that without (%(default)s)",
-    )
-    jobs.add_argument(
-        "--training-memory",
-        type=size,
-        metavar="SIZE",
-        help="device memory kept free of KV cache for training",
-    )
-    jobs.add_argument("--max-file", type=size, default=size("512MiB"), help="largest file of rows (512MiB)")
-    jobs.add_argument("--max-files", type=positive, default=1000, help="files that are stored (%(default)s)")
-    jobs.add_argument(
-        "--max-jobs",
-        type=positive,
-        default=1000,
-        help="jobs that are remembered; the oldest that are over are forgotten first (%(default)s)",
-    )
-    jobs.add_argument(
-        "--max-unfinished-jobs",
-        type=positive,
-        default=64,
-        help="jobs that wait, run or are paused (%(default)s)",
-    )
-    jobs.add_argument(
-        "--max-checkpoints",
-        type=positive,
-        default=100,
-        help="newest checkpoints of a job that are served (%(default)s)",
-    )
-    parser.set_defaults(run=_serve)
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
@@ -521,12 +257,6 @@ def _add_conformance(parser: argparse.ArgumentParser) -> None:
         help="the tables of docs/adapters.md, or into FILE",
     )
     parser.set_defaults(run=_conformance)
-
-
-def _serve(arguments: argparse.Namespace) -> int:
-    from veneer.server.serve import serve
-
-    return serve(arguments)
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
