@@ -23,10 +23,11 @@ pytestmark = pytest.mark.model
 
 PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 README = PAGES["README.md"]
-# Their programs run on a toy engine (tests/server), or train and evaluate for minutes.
+# Their programs run on a toy engine (tests/server), train and evaluate for minutes, or need a server of their own.
 ELSEWHERE = {
     *("blends.md", "embeddings.md", "fine-tuning.md", "responses.md"),
     *("evaluation.md", "plan.md", "training.md"),
+    "hot-adapters.md",
 }
 EXAMPLES = ROOT / "examples"
 DEMOS = sorted(path.parent.name for path in EXAMPLES.glob("*/adapter_config.json"))
