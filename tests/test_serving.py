@@ -165,7 +165,7 @@ def max_difference_from_peft(server: Server, answers: list[Answer], quantization
     from tokenizers import Tokenizer
     from transformers import AutoModelForCausalLM
 
-    from veneer.engine.base import quantization_config
+    from veneer.engine.base import forbid_repacking, quantization_config
 
     tokenizer = Tokenizer.from_file(str(server.folder / "tokenizer.json"))
     base: Any = AutoModelForCausalLM.from_pretrained(
@@ -173,6 +173,7 @@ def max_difference_from_peft(server: Server, answers: list[Answer], quantization
         dtype=torch.float32,
         quantization_config=quantization_config(quantization, torch.float32),
     )
+    forbid_repacking(base)  # where the processor has AVX512-BF16 it would compute in bfloat16
     names = list(server.adapters)
     model: Any = PeftModel.from_pretrained(base, server.adapters[names[0]], adapter_name="ad_0")
     for index, name in enumerate(names[1:], 1):
