@@ -155,6 +155,15 @@ def test_one_who_drafts_keeps_nobody_from_planning_ahead(
     assert ahead > 0 or driver.engine.draft_tokens > 0
 
 
+def test_a_prediction_that_ends_before_the_answer_does(driver: Any) -> None:
+    """Behind it in the text that is looked up come the adapter's virtual tokens."""
+    answer = driver.generate([3, 9, 27], PREFIX, max_tokens=30)
+    for end in range(4, 12):
+        found = driver.generate([3, 9, 27], PREFIX, max_tokens=30, draft_tokens=6, prediction=answer[:end])
+        assert found == answer
+    assert driver.engine.accepted_draft_tokens > 8
+
+
 def test_cancelled_in_the_middle(driver: Any) -> None:
     answer = driver.generate([3, 9, 27], max_tokens=40)
     gone = driver.submit([3, 9, 27], max_tokens=40, draft_tokens=4, prediction=answer)

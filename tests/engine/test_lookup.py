@@ -50,8 +50,17 @@ def test_a_text_that_is_followed_goes_on_where_its_n_gram_has_a_later_place() ->
 def test_the_prediction_is_found_from_the_first_token_on() -> None:
     lookup = PromptLookup(4, prediction=[7, 8, 9, 7, 5], prompt=[1, 2])
     assert lookup.find([1, 2, 7], 4) == [8, 9, 7, 5]
-    assert PromptLookup(4, prediction=[7, 8], prompt=[1]).find([1, 7], 4) == [8, 1, 7, 8]
     assert PromptLookup(4, prompt=[1, 2]).find([1, 2, 7], 4) == []
+
+
+def test_the_prediction_does_not_go_on_with_the_prompt() -> None:
+    """Which may begin with tokens that have no ids."""
+    prompt = [-1, -1, 1, 2]
+    for answer, draft in (([7], [8, 9]), ([7, 8], [9]), ([7, 8, 9], []), ([8, 9], [])):
+        lookup = PromptLookup(4, prediction=[7, 8, 9], prompt=[1, 2])
+        assert lookup.find([*prompt, *answer], 4) == draft
+        lookup.learn(len(draft), len(draft))
+        assert -1 not in lookup.find([*prompt, *answer, *draft, 9], 4)
 
 
 def test_drafts_grow_with_success_and_pause_without() -> None:

@@ -39,6 +39,8 @@ class PromptLookup:
         self._index(tokens)
         self._from = place = next(self._candidates(), 0)
         most = min(most, self._limit) if place else 0
+        if place < self._offset:  # the prediction does not go on with the prompt
+            return self._text[place : min(place + most, self._offset)]
         # a text that has come round to its own end goes round again
         return list(islice(cycle(self._text[place : place + most]), most))
 
@@ -65,10 +67,8 @@ class PromptLookup:
         self._indexed = max(stop, start)
 
     def _candidates(self) -> Iterator[int]:
-        """Places where the text may go on as the sequence does."""
-        text, at = self._text, self._next
-        if SIZES[-1] <= at < len(text) and text[at - SIZES[-1] : at] == text[-SIZES[-1] :]:
-            yield at  # the text that was followed so far goes on
-        for size in SIZES:
-            if place := self._places.get(tuple(text[-size:])):
-                yield place
+        """Places where the text may go on as the sequence does; the prediction's end is none."""
+        text, at, least = self._text, self._next, SIZES[-1]
+        followed = least <= at < len(text) and text[at - least : at] == text[-least:]
+        places = [at if followed else 0, *(self._places.get(tuple(text[-size:]), 0) for size in SIZES)]
+        return (place for place in places if place not in (0, self._offset))

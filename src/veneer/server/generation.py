@@ -319,6 +319,7 @@ class Run:
                 self._sequences.append(NewSequence(prompt, sampling))
         self._choices = [_Choice(self._text_stream(prompt)) for prompt, _ in self._sequences]
         self._first_token_seen = False
+        check_tokens(prediction, vocabulary, "prediction")
         if len(prediction) > info.max_model_len:
             rule = f"the context holds {info.max_model_len}; send the part that the answer repeats"
             raise InvalidRequest(f"prediction has {len(prediction)} tokens and {rule}.", param="prediction")
