@@ -27,12 +27,19 @@ def live(live_server: Callable[..., LiveServer], tmp_path_factory: pytest.TempPa
     return live_server(*options, "--kv-cache-memory", "256MiB", *modules)
 
 
+def command(tool: str) -> str | None:
+    """Of this environment."""
+    return shutil.which(tool, path=Path(sys.executable).parent)
+
+
+def needs(tool: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(command(tool) is None, reason=f"{tool} is not installed")
+
+
 def run(tool: str, *arguments: str) -> None:
-    """Run a command of this environment; skips where it is not installed."""
-    command = shutil.which(tool, path=Path(sys.executable).parent)
-    if command is None:
-        pytest.skip(f"{tool} is not installed")
-    ran = subprocess.run([command, *arguments], capture_output=True, text=True, timeout=240, check=False)
+    program = command(tool)
+    assert program is not None
+    ran = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=240, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
@@ -42,6 +49,7 @@ def tokenizer() -> str:
     return str(resolve(None))
 
 
+@needs("guidellm")
 @pytest.mark.parametrize(
     "route", ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"]
 )
@@ -67,6 +75,7 @@ def test_guidellm(live: LiveServer, route: str, tmp_path: Path) -> None:
             assert each["time_to_first_token_ms"] > 0
 
 
+@needs("aiperf")
 @pytest.mark.parametrize(
     ("kind", "options"),
     [

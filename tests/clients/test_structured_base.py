@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import openai
@@ -37,9 +39,14 @@ def client(
         yield client
 
 
+def needs(library: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(find_spec(library) is None, reason=f"{library} is not installed")
+
+
+@needs("instructor")
 @pytest.mark.parametrize("mode", ["JSON_SCHEMA", "TOOLS", "TOOLS_STRICT"])
 def test_instructor(client: openai.OpenAI, mode: str) -> None:
-    instructor: Any = pytest.importorskip("instructor")
+    instructor: Any = import_module("instructor")
     asking = instructor.from_openai(client, mode=getattr(instructor.Mode, mode))
     messages = [{"role": "user", "content": ASKED}]
     found = asking.chat.completions.create(
@@ -48,8 +55,9 @@ def test_instructor(client: openai.OpenAI, mode: str) -> None:
     assert isinstance(found, Ticket)
 
 
+@needs("outlines")
 def test_outlines(client: openai.OpenAI) -> None:
-    outlines: Any = pytest.importorskip("outlines")
+    outlines: Any = import_module("outlines")
     model = outlines.from_openai(client, BASE)
     whole = model(ASKED, Ticket, **GREEDY)
     assert Ticket.model_validate_json(whole)
