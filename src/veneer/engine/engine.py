@@ -287,7 +287,7 @@ class Engine:
         """Wait for a step and move its sequences forward; those taken out since it was planned are skipped."""
         results, scores = launched.results(), launched.scores()
         self.steps += 1
-        self.scheduler.commit(
+        taken = self.scheduler.commit(
             launched.batch, {name: [token for token, _ in found] for name, found in results.items()}
         )
         for each in launched.pooled:
@@ -304,7 +304,7 @@ class Engine:
                 cached_tokens=sequence.num_cached,
             )
             if item.samples:
-                output = self._sampled(item, output, results[sequence.id])
+                output = self._sampled(item, output, results[sequence.id][: taken[sequence.id]])
             if item.count == item.num_sampled:
                 self.decode_tokens += len(output.tokens)
             else:
@@ -315,13 +315,12 @@ class Engine:
                 outputs.append(output)
         return outputs
 
-    def _sampled(self, item: Scheduled, output: SequenceOutput, chosen: list[Choice]) -> SequenceOutput:
+    def _sampled(self, item: Scheduled, output: SequenceOutput, new: list[Choice]) -> SequenceOutput:
         """The output with the tokens that are new, unless none was asked for. Ends the sequence if one does."""
         sequence = item.sequence
         if sequence.sampling.max_tokens == 0:
             self.scheduler.finish(sequence)
             return msgspec.structs.replace(output, finish_reason="length", pooled=pooled_bytes(sequence))
-        new = chosen[: len(item.accepted([token for token, _ in chosen]))]
         accepted, reason, stop_token = len(new) - 1, None, None
         for count, (token, _) in enumerate(new, 1):
             reason, stop_token = self._finish_reason(sequence, token, behind=len(new) - count)

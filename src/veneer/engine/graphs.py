@@ -374,8 +374,10 @@ class MixedGraphs(StepGraphs):
         bucket = self._bucket(planned)
         if bucket is None or self._find(planned, bucket) is None:
             return False
+        if self._is_regular(planned):
+            return True
         head_tiles = count_tiles(head_segments_of(planned), self._head_tile_rows)
-        return self._is_regular(planned) or head_tiles < len(self._tables.head_tiles)
+        return head_tiles < len(self._tables.head_tiles)
 
     def _fill_host(
         self,

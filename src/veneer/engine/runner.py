@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Rows
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -105,6 +105,13 @@ class Launched:
         for scored in self.scored:
             found.setdefault(scored.sequence, []).extend(scored.results())
         return found
+
+
+class SamplingPlace(NamedTuple):
+    """A row that chooses a token."""
+
+    item: Scheduled
+    drafted: int  # tokens of its draft before the row, which chooses as if they were said
 
 
 class Forward(NamedTuple):
@@ -269,8 +276,7 @@ class Runner:
         self._virtual_tokens.write(batch.items)
         planned = sorted(batch.items, key=self._place)
         pending = None if previous is None else [previous.rows[item.sequence.id] for item in planned]
-        sampled = [item for item in planned if item.samples]
-        masks = self._start_masks(sampled, previous)
+        masks = self._start_masks([item for item in planned if item.samples], previous)
         graphs = self._graphs_for(planned)
         hidden = None
         if graphs is not None:
@@ -280,14 +286,15 @@ class Runner:
             logits, last, hidden = self.forward(planned, pending)
             torch.argmax(logits, -1, out=self._tokens[: len(logits)])
         allowed = {} if masks is None else masks.result()
-        result = self._choose(logits, sampled, last, allowed)
+        sampling = [SamplingPlace(item, drafted) for item in planned for drafted in range(item.num_sampled)]
+        result = self._choose(logits, sampling, last, allowed)
         scored = [] if hidden is None else self._score(planned, hidden)
         pooled = [] if hidden is None else pool(planned, hidden)
         done = None
         if self.base.device.type == "cuda":
             done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # its waiter sleeps
             done.record()
-        rows = {item.sequence.id: row for row, item in enumerate(_sampling_rows(sampled))}
+        rows = {item.sequence.id: row for row, (item, _) in enumerate(sampling)}
         limits = {name: len(masks) for name, masks in allowed.items()}
         return Launched(batch, rows, result, limits, scored, pooled, done)
 
@@ -329,19 +336,18 @@ class Runner:
     def _choose(
         self,
         logits: torch.Tensor,
-        items: Rows[Scheduled],
+        sampling: Rows[SamplingPlace],
         last: torch.Tensor,
         allowed: Mapping[str, list[Words | None]],
     ) -> list[tuple[list[str], Sampled]]:
-        """Sample; the tokens are left in the token buffer, in the order of the items.
+        """Sample; the tokens are left in the token buffer, in the order of the rows.
 
         Rows whose adapter adds tokens have wider logits. They are chosen from by themselves, those of each width
         together, so that no other row's sums change.
         """
-        owners = _sampling_rows(items)
-        names = [item.sequence.id for item in owners]
-        rows = [row for item in items for row in self._rows_of(item, allowed.get(item.sequence.id, []))]
-        widths = [self._added_tokens(item) for item in owners]
+        names = [item.sequence.id for item, _ in sampling]
+        rows = [self._sampling_row(place, allowed.get(place.item.sequence.id, ())) for place in sampling]
+        widths = [self._added_tokens(item) for item, _ in sampling]
         if not any(width.embeddings for width in widths):
             return [(names, sample(logits, rows, self._tokens[: len(rows)], last).to_host())]
         parts = []
@@ -453,26 +459,20 @@ class Runner:
         flags = tables.delta(segments), tables.has_hidden(segments)
         return make_tiles(segments, rows, self._slots, self.base.device, transforms, *flags, tables.kin)
 
-    def _rows_of(self, item: Scheduled, allowed: Rows[Words | None]) -> Iterator[SamplingRow]:
-        """One for each of its rows that sample; those of a draft as if what is before them were said."""
+    def _sampling_row(self, place: SamplingPlace, allowed: Rows[Words | None]) -> SamplingRow:
+        """`allowed`: of the item's rows, as far as its grammar follows the draft."""
+        item, drafted = place
         sequence = item.sequence
         p, num_prompt = sequence.sampling, sequence.num_prompt_tokens
-        first = item.start + item.count - len(item.draft) - num_prompt
-        for index in range(item.num_sampled):
-            position = first + index
-            forbidden = [*self.base.eos_token_ids, *p.stop_token_ids] if position < p.min_tokens else []
-            yield SamplingRow(
-                p,
-                sequence.tokens,
-                num_prompt,
-                position,
-                forbidden,
-                allowed[index] if index < len(allowed) else None,
-                num_virtual=sequence.num_virtual or 0,
-                draft=item.draft[:index],
-            )
-
-
-def _sampling_rows(items: Iterable[Scheduled]) -> list[Scheduled]:
-    """The item of each row that samples."""
-    return [item for item in items for _ in range(item.num_sampled)]
+        position = item.start + item.count - len(item.draft) - num_prompt + drafted
+        forbidden = [*self.base.eos_token_ids, *p.stop_token_ids] if position < p.min_tokens else []
+        return SamplingRow(
+            p,
+            sequence.tokens,
+            num_prompt,
+            position,
+            forbidden,
+            allowed[drafted] if drafted < len(allowed) else None,
+            num_virtual=sequence.num_virtual or 0,
+            draft=item.draft[:drafted],
+        )

@@ -183,8 +183,12 @@ class Scheduler:
             return None
         return Batch([Scheduled(item.sequence, item.start + item.count, 1, True) for item in following])
 
-    def commit(self, batch: Batch, chosen: Mapping[str, Tokens[int]]) -> None:
-        """Apply a computed step. `chosen`: by sequence id the token that each row of an item that samples chose."""
+    def commit(self, batch: Batch, chosen: Mapping[str, Tokens[int]]) -> dict[str, int]:
+        """Apply a computed step. `chosen`: by sequence id the token that each row of an item that samples chose.
+
+        Returns by sequence id how many of these are new tokens: the first ones, as far as its draft holds.
+        """
+        taken = {}
         for item in batch.items:
             sequence = item.sequence
             if not sequence.is_running:
@@ -193,9 +197,11 @@ class Scheduler:
             if item.draft and sequence.lookup is not None:
                 sequence.lookup.learn(len(item.draft), len(new) - 1)
             sequence.tokens += new
+            taken[sequence.id] = len(new)
             sequence.num_computed = item.start + item.count - item.num_sampled + len(new)
             sequence.num_read = max(sequence.num_read, sequence.num_computed)
             self.pool.register(sequence, item.start - item.lead)
+        return taken
 
     # ---- drafts ---------------------------------------------------------------------------------
 
