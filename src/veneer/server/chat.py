@@ -43,8 +43,8 @@ def prepare(state: ServerState, text: Text, body: ChatRequest) -> Prepared:
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     answer = ChatFormat(state, text.tokenizer, body, prompt, tools)
     shown = tools.family.specials if tools else ()
-    said = body.prediction.text if body.prediction else ""
-    prediction = text.tokenizer.encode(said, add_special_tokens=False)
+    said = body.prediction
+    prediction = text.tokenizer.encode(said.text, add_special_tokens=False) if said else []
     return Prepared([prompt], "messages", logprobs, answer, grammar, shown, prediction)
 
 

@@ -301,6 +301,10 @@ class Run:
         )
         found = (text.tokenizer.token_id(token) for token in shown)
         self._shown = frozenset(token for token in found if token is not None)
+        check_tokens(prediction, vocabulary, "prediction")
+        if len(prediction) > info.max_model_len:
+            rule = f"the context holds {info.max_model_len}; send the part that the answer repeats"
+            raise InvalidRequest(f"prediction has {len(prediction)} tokens and {rule}.", param="prediction")
         self._sequences: list[NewSequence] = []
         for prompt in prompts:
             check_tokens(prompt, vocabulary, param)
@@ -319,10 +323,6 @@ class Run:
                 self._sequences.append(NewSequence(prompt, sampling))
         self._choices = [_Choice(self._text_stream(prompt)) for prompt, _ in self._sequences]
         self._first_token_seen = False
-        check_tokens(prediction, vocabulary, "prediction")
-        if len(prediction) > info.max_model_len:
-            rule = f"the context holds {info.max_model_len}; send the part that the answer repeats"
-            raise InvalidRequest(f"prediction has {len(prediction)} tokens and {rule}.", param="prediction")
         self.usage = Usage(prompt_tokens=sum(map(len, prompts)), blend=blend, drafts=body.draft_tokens > 0)
         limits = [limit for limit in (body.timeout, state.config.request_timeout) if limit is not None]
         self._deadline = min(limits, default=None)
