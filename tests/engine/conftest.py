@@ -109,6 +109,12 @@ def make_engine(tmp_path: Path) -> Iterator[Callable[..., Driver]]:
 
 
 @pytest.fixture(scope="session")
+def base(tiny_model: Callable[[str], Path]) -> Path:
+    """The folder of the tiny Llama, for modules that need no other."""
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
 def make_stores(
     tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[Callable[[Path, Path], None]], Callable[[str], Path]]:

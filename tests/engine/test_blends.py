@@ -39,11 +39,6 @@ WEIGHED = [name for name in CONFIGS if name != "prefix"]
 
 
 @pytest.fixture(scope="module")
-def base(tiny_model: Callable[[str], Path]) -> Path:
-    return tiny_model("llama")
-
-
-@pytest.fixture(scope="module")
 def store(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("store")
     for name, config in CONFIGS.items():

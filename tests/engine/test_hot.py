@@ -37,11 +37,6 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.fixture(scope="module")
-def base(tiny_model: Callable[[str], Path]) -> Path:
-    return tiny_model("llama")
-
-
-@pytest.fixture(scope="module")
 def store(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("store")
     for name, config in CONFIGS.items():

@@ -29,11 +29,6 @@ PROMPT = [5, 6, 7, 8, 9, 27, 81, 5, 3]
 
 
 @pytest.fixture(scope="module")
-def base(tiny_model: Callable[[str], Path]) -> Path:
-    return tiny_model("llama")
-
-
-@pytest.fixture(scope="module")
 def store(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with an adapter of each config, whose tasks differ strongly."""
     root = tmp_path_factory.mktemp("store")
